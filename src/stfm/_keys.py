@@ -1,0 +1,30 @@
+"""Every slot name of stfm, written once (the table of DESIGN, section 3)."""
+
+from __future__ import annotations
+
+from typing import Final
+
+SPATIAL: Final = "spatial"
+NICHE: Final = "niche"
+EMBEDDING: Final = "X_stfm"
+PARTS: Final = ("image", "gene", "niche")
+DOMAIN: Final = "spatial_domain"
+PREDICTED: Final = "predicted_expression"
+IMPUTED: Final = "imputed"
+UNS: Final = "stfm"
+TILES: Final = "tiles"
+
+#: obs columns that say where a spot comes from, in the order in which they are looked for.
+LIBRARY_COLUMNS: Final = ("library_id", "library", "section", "sample")
+PATIENT: Final = "patient"
+STUDY: Final = "study"
+
+
+def niche_keys(key_added: str = NICHE) -> tuple[str, str]:
+    """Return the ``obsp`` names of a niche table: connectivities, distances."""
+    return f"{key_added}_connectivities", f"{key_added}_distances"
+
+
+def part_key(embedding_key: str, part: str) -> str:
+    """Return the ``obsm`` name of one part (image, gene, niche) of an embedding."""
+    return f"{embedding_key}_{part}"

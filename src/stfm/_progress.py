@@ -1,0 +1,32 @@
+"""Progress bars: shown to people (terminals, notebooks), silent in logs and under ``verbosity = 0``."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from stfm._settings import settings
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+
+def is_interactive() -> bool:
+    """Whether somebody watches: a terminal, or a notebook kernel."""
+    return sys.stderr.isatty() or "ipykernel" in sys.modules
+
+
+@contextmanager
+def progress(description: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Show a bar and yield a function that advances it by a number of steps."""
+    if settings.verbosity == 0 or not is_interactive():
+        yield lambda _steps: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(description, total=total)
+        yield lambda steps: bar.advance(task, steps)

@@ -1,0 +1,1 @@
+"""Building blocks of the models: tensors in, tensors out; no slides, no AnnData."""

@@ -1,0 +1,90 @@
+"""What a model is fed with: one frozen bundle of tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from stfm._errors import MissingKeyError
+
+if TYPE_CHECKING:
+    import torch
+
+_IMAGE = ("spot_tiles", "niche_tiles", "spot_features", "niche_features")
+_GENE = ("counts", "niche_counts", "gene_mask")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A batch of spots; a modality that was not measured is None.
+
+    Attributes
+    ----------
+    spot_tiles, niche_tiles
+        H&E around the spot and around its niche, uint8 ``(b, 3, h, w)``.
+    spot_features, niche_features
+        Features of a frozen image encoder, float32 ``(b, f)``; they stand in for the tiles.
+    counts
+        ``log1p(1e4 c / sum c)`` on the model's vocabulary, float32 ``(b, G)``.
+    niche_counts
+        The same of the niche's mean counts (ST-Align, eq. 2), float32 ``(b, G)``.
+    gene_mask
+        Which genes were measured, bool ``(b, G)``; None where all were.
+    xy_um
+        Coordinates, float32 ``(b, 2)`` or ``(b, 3)``.
+    slide_id
+        Number of the slide, int64 ``(b,)``.
+    index
+        Position of the spot in its slide, int64 ``(b,)``.
+    niche_index
+        Positions of the spot's neighbours in its slide, int64 ``(b, k)``, -1 where there are fewer.
+    """
+
+    spot_tiles: Tensor | None = None
+    niche_tiles: Tensor | None = None
+    spot_features: Tensor | None = None
+    niche_features: Tensor | None = None
+    counts: Tensor | None = None
+    niche_counts: Tensor | None = None
+    gene_mask: Tensor | None = None
+    xy_um: Tensor | None = None
+    slide_id: Tensor | None = None
+    index: Tensor | None = None
+    niche_index: Tensor | None = None
+
+    def __len__(self) -> int:
+        return next((len(t) for t in self.tensors().values()), 0)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors that are there, by name."""
+        pairs = ((f.name, getattr(self, f.name)) for f in fields(self))
+        return {name: tensor for name, tensor in pairs if tensor is not None}
+
+    @property
+    def has_image(self) -> bool:
+        """Whether H&E (or features of it) is there."""
+        return any(getattr(self, name) is not None for name in _IMAGE)
+
+    @property
+    def has_gene(self) -> bool:
+        """Whether counts are there."""
+        return self.counts is not None or self.niche_counts is not None
+
+    def to(self, device: torch.device | str) -> Batch:
+        """Return the batch on a device."""
+        return replace(self, **{k: v.to(device, non_blocking=True) for k, v in self.tensors().items()})
+
+    def take(self, index: Tensor) -> Batch:
+        """Return some spots of the batch."""
+        return replace(self, **{k: v[index] for k, v in self.tensors().items()})
+
+    def without(self, *modalities: str) -> Batch:
+        """Return the batch without ``"image"`` or ``"gene"``."""
+        groups = {"image": _IMAGE, "gene": _GENE}
+        for modality in modalities:
+            if modality not in groups:
+                msg = f"modalities are 'image' and 'gene', got {modality!r}."
+                raise MissingKeyError(msg)
+        return replace(self, **{name: None for m in modalities for name in groups[m]})  # type: ignore[arg-type]
