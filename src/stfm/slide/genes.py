@@ -1,0 +1,505 @@
+"""Gene panels, model vocabularies, and how the one is matched to the other.
+
+A panel is the list of genes that a slide measured; a vocabulary is the list that a model knows. Genes are matched by
+Ensembl id first (version stripped) and by symbol second (case-insensitive); a mouse panel meets a human vocabulary by
+orthologue symbol, that is the upper-cased one, and the report says so.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import sparse
+
+from stfm._errors import InputError, MissingKeyError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Species = Literal["human", "mouse"]
+
+_ENSEMBL = re.compile(r"^ENS([A-Z]{3})?G\d{6,}(\.\d+)?$", re.IGNORECASE)
+_GENOME_PREFIX = re.compile(r"^(?:GRCh3[78]|hg19|hg38|GRCm3[89]|mm10|mm39)[_-]+", re.IGNORECASE)
+_TITLE_CASE = re.compile(r"^(?:mt-)?[A-Z0-9][a-z0-9.\-]*[a-z][A-Za-z0-9.\-]*$")
+_OPEN_READING_FRAME = re.compile(r"^(C(?:\d+|X|Y))orf(\d+)")
+
+SYMBOL_COLUMNS = (
+    "gene_symbols", "gene_symbol", "symbols", "symbol", "gene_names", "gene_name", "feature_name", "gene_short_name",
+    "gene", "genes", "hgnc_symbol", "mgi_symbol", "external_gene_name", "name",
+)  # fmt: skip
+ID_COLUMNS = (
+    "gene_ids", "gene_id", "ensembl_ids", "ensembl_id", "ensembl", "ensembl_gene_id", "feature_id", "ensemblid", "id",
+)  # fmt: skip
+
+
+def _strings(values: Iterable[Any]) -> NDArray[np.str_]:
+    return np.array([str(value) for value in values], dtype=np.str_)
+
+
+def id_key(name: str) -> str:
+    """Ensembl id without version, upper-cased; empty where the name is no Ensembl id."""
+    bare = _GENOME_PREFIX.sub("", name.strip())
+    return bare.partition(".")[0].upper() if _ENSEMBL.match(bare) else ""
+
+
+def symbol_key(name: str) -> str:
+    """Upper-cased symbol without a genome prefix; empty for Ensembl ids and missing values."""
+    bare = _GENOME_PREFIX.sub("", name.strip())
+    return "" if _ENSEMBL.match(bare) or bare.lower() in {"", "nan", "none"} else bare.upper()
+
+
+def ensembl_share(names: Sequence[str] | NDArray[np.str_]) -> float:
+    """Share of the names that are Ensembl gene ids."""
+    return float(np.mean([bool(id_key(str(name))) for name in names])) if len(names) else 0.0
+
+
+def detect_species(names: Sequence[str] | NDArray[np.str_]) -> Species | None:
+    """Tell human from mouse by Ensembl prefix (ENSG, ENSMUSG) or by the case of the symbols.
+
+    Parameters
+    ----------
+    names
+        Symbols or Ensembl ids.
+
+    Returns
+    -------
+    ``"human"``, ``"mouse"``, or ``None`` where more than a third of the names speak against either.
+    """
+    votes: Counter[str] = Counter()
+    for raw in names:
+        name = _GENOME_PREFIX.sub("", str(raw).strip())
+        match = _ENSEMBL.match(name)
+        if match:
+            votes[{None: "human", "MUS": "mouse"}.get(match[1] and match[1].upper(), "other")] += 1
+            continue
+        plain = _OPEN_READING_FRAME.sub(r"\1ORF\2", name)
+        if sum(letter.isalpha() for letter in plain) < 2:
+            continue
+        if plain == plain.upper():
+            votes["human"] += 1
+        else:
+            votes["mouse" if _TITLE_CASE.match(plain) else "other"] += 1
+    total = votes.total()
+    if votes["human"] > total * 2 / 3:
+        return "human"
+    return "mouse" if votes["mouse"] > total * 2 / 3 else None
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Genes that a slide measured, in the order of the columns of its counts.
+
+    Attributes
+    ----------
+    names
+        Names as the data give them (``var_names``).
+    ids
+        Ensembl ids, where known.
+    species
+        ``"human"``, ``"mouse"`` or ``None`` (not known).
+    symbols
+        Gene symbols, where the names are something else (Ensembl ids) and symbols are known.
+    """
+
+    names: NDArray[np.str_]
+    ids: NDArray[np.str_] | None = None
+    species: Species | None = None
+    symbols: NDArray[np.str_] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "names", _strings(self.names))
+        for name in ("ids", "symbols"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            object.__setattr__(self, name, _strings(value))
+            if len(value) != len(self.names):
+                raise InputError(f"Panel has {len(self.names)} names but {len(value)} {name}; give one a gene")
+        if self.species is None:
+            object.__setattr__(self, "species", detect_species(self.names))
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @property
+    def n_genes(self) -> int:
+        """Number of genes."""
+        return len(self.names)
+
+    @cached_property
+    def id_keys(self) -> list[str]:
+        """Normalised Ensembl id a gene, empty where unknown."""
+        return [id_key(name) for name in (self.names if self.ids is None else self.ids)]
+
+    @cached_property
+    def symbol_keys(self) -> list[str]:
+        """Normalised symbol a gene, empty where unknown."""
+        return [symbol_key(name) for name in (self.names if self.symbols is None else self.symbols)]
+
+    @classmethod
+    def from_var(cls, var: pd.DataFrame, *, var_key: str | None = None, species: Species | None = None) -> Panel:
+        """Panel of a table of genes (``adata.var``): names from the index, ids and symbols from known columns.
+
+        Parameters
+        ----------
+        var
+            Table with one row a gene.
+        var_key
+            Column that holds the symbols or Ensembl ids to match by. ``None`` looks for one under the usual names
+            (``gene_ids``, ``gene_symbols``, ``feature_name`` ...), whose content must look the part.
+        species
+            Species, where it should not be told from the names.
+        """
+        names = _strings(var.index)
+        if var_key is not None:
+            if var_key not in var.columns:
+                have = ", ".join(map(str, var.columns)) or "none"
+                raise MissingKeyError(f"var_key='{var_key}' is no column of var (columns: {have})")
+            values = _strings(var[var_key])
+            is_id = ensembl_share(values) > 0.5
+            return cls(names, values if is_id else None, species or detect_species(values), None if is_id else values)
+        by_lower = {str(column).lower(): column for column in var.columns}
+        ids = symbols = None
+        if ensembl_share(names) > 0.5:
+            for column in SYMBOL_COLUMNS:
+                if column in by_lower:
+                    values = _strings(var[by_lower[column]])
+                    if ensembl_share(values) < 0.5 and not all(value.isdigit() for value in values):
+                        symbols = values
+                        break
+        else:
+            for column in ID_COLUMNS:
+                if column in by_lower:
+                    values = _strings(var[by_lower[column]])
+                    if ensembl_share(values) > 0.5:
+                        ids = values
+                        break
+        return cls(names, ids, species, symbols)
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Genes that a model knows, in the order of its inputs and outputs. Names are unique up to case.
+
+    Attributes
+    ----------
+    names
+        Symbols (or Ensembl ids), spelled as the model gives them back.
+    ids
+        Ensembl ids, where known ("" for single unknown ones).
+    species
+        ``"human"``, ``"mouse"`` or ``None``.
+    """
+
+    names: NDArray[np.str_]
+    ids: NDArray[np.str_] | None = None
+    species: Species | None = None
+    _panel: Panel = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        panel = Panel(self.names, self.ids, self.species)
+        if len(panel) == 0:
+            raise InputError("a vocabulary needs at least one gene")
+        doubles = [key for key, n in Counter(name.upper() for name in panel.names).items() if n > 1]
+        if doubles:
+            raise InputError(f"vocabulary names must be unique up to case; twice or more: {', '.join(doubles[:5])}")
+        for name in ("names", "ids", "species"):
+            object.__setattr__(self, name, getattr(panel, name))
+        object.__setattr__(self, "_panel", panel)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Vocabulary):
+            return NotImplemented
+        same_ids = (self.ids is None) == (other.ids is None) and (
+            self.ids is None or other.ids is None or np.array_equal(self.ids, other.ids)
+        )
+        return same_ids and self.species == other.species and np.array_equal(self.names, other.names)
+
+    def __hash__(self) -> int:
+        return hash((tuple(self.names), self.species))
+
+    @property
+    def panel(self) -> Panel:
+        """The vocabulary seen as a panel, with its matching keys cached."""
+        return self._panel
+
+    @classmethod
+    def from_panels(cls, panels: Iterable[Panel], *, mode: Literal["union", "intersection"] = "union") -> Vocabulary:
+        """Vocabulary of several panels; a gene is one entry when it shares an Ensembl id or a symbol.
+
+        Parameters
+        ----------
+        panels
+            Panels of the slides that a model is to be trained on.
+        mode
+            ``"union"`` keeps every gene, in order of first appearance; ``"intersection"`` those of every panel.
+        """
+        if mode not in ("union", "intersection"):
+            raise InputError(f"mode='{mode}' is unknown; choose 'union' or 'intersection'")
+        panels = list(panels)
+        if not panels:
+            raise InputError("a vocabulary needs at least one panel")
+        known: dict[str, int] = {}
+        names: list[str] = []
+        ids: list[str] = []
+        seen: list[set[int]] = []
+        for number, panel in enumerate(panels):
+            shown = panel.names if panel.symbols is None else panel.symbols
+            keys = zip(panel.names, shown, panel.id_keys, panel.symbol_keys, strict=True)
+            for name, symbol, by_id, by_symbol in keys:
+                aliases = [key for key in (by_id, by_symbol) if key] or [str(name).upper()]
+                entry = next((known[key] for key in aliases if key in known), None)
+                if entry is None:
+                    entry = len(names)
+                    names.append(str(symbol) if by_symbol else str(name))
+                    ids.append(by_id)
+                    seen.append(set())
+                ids[entry] = ids[entry] or by_id
+                seen[entry].add(number)
+                for key in aliases:
+                    known.setdefault(key, entry)
+        kept = [i for i in range(len(names)) if mode == "union" or len(seen[i]) == len(panels)]
+        if not kept:
+            raise InputError(f"the {len(panels)} panels share no gene; use mode='union' or check their gene names")
+        some_ids = any(ids[i] and ids[i] != names[i].upper() for i in kept)
+        species = {panel.species for panel in panels if panel.species is not None}
+        return cls(
+            _strings(names[i] for i in kept),
+            _strings(ids[i] for i in kept) if some_ids else None,
+            species.pop() if len(species) == 1 else None,
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write ``genes.txt``: a species line, then one gene a line (name, tab, Ensembl id where known)."""
+        ids = [""] * len(self) if self.ids is None else list(self.ids)
+        lines = [f"# species: {self.species or 'unknown'}"]
+        lines += [f"{name}\t{gene_id}" if gene_id else str(name) for name, gene_id in zip(self.names, ids, strict=True)]
+        Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Vocabulary:
+        """Read what :meth:`save` wrote, or any text file with one gene a line."""
+        path = Path(path)
+        if not path.is_file():
+            raise InputError(f"no gene list at {path}; a model folder holds it as genes.txt")
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        notes = [line.removeprefix("# species:").strip() for line in lines if line.startswith("# species:")]
+        rows = [line.partition("\t") for line in lines if not line.startswith("#")]
+        ids = [row[2].strip() for row in rows]
+        species: Species | None = "human" if "human" in notes else "mouse" if "mouse" in notes else None
+        return cls(_strings(row[0].strip() for row in rows), _strings(ids) if any(ids) else None, species)
+
+
+@dataclass(frozen=True)
+class GeneMatch:
+    """Which column of a slide's counts is which gene of a vocabulary.
+
+    Attributes
+    ----------
+    source_index, target_index
+        Columns of the counts and positions in the vocabulary, paired; int64, sorted by position.
+    n_matched, n_panel, n_vocabulary
+        Numbers of genes.
+    fraction
+        ``n_matched / min(n_panel, n_vocabulary)``: a 300-gene panel inside a vocabulary of 18,000 is a full match.
+    via
+        ``"ensembl id"``, ``"symbol"`` or ``"ensembl id and symbol"``.
+    species_note
+        Said where panel and vocabulary are of two species, else ``None``.
+    unmatched
+        A few genes of the panel that have no place in the vocabulary.
+    """
+
+    source_index: NDArray[np.int64]
+    target_index: NDArray[np.int64]
+    n_matched: int
+    n_panel: int
+    n_vocabulary: int
+    fraction: float
+    via: str
+    species_note: str | None
+    unmatched: tuple[str, ...]
+
+    @property
+    def mask(self) -> NDArray[np.bool_]:
+        """Bool ``(n_vocabulary,)``: the genes that the slide measured."""
+        measured = np.zeros(self.n_vocabulary, dtype=bool)
+        measured[self.target_index] = True
+        return measured
+
+    @property
+    def report(self) -> str:
+        """One line for a person: how many matched, by what, and what did not."""
+        line = (
+            f"{self.n_matched:,} of {self.n_vocabulary:,} vocabulary genes measured "
+            f"({self.n_panel:,} in the panel; matched by {self.via})"
+        )
+        if self.species_note:
+            line += f"; {self.species_note}"
+        if self.unmatched:
+            line += f"; not in the vocabulary: {', '.join(self.unmatched)}"
+        return line
+
+    def take(self, counts: sparse.csr_matrix | sparse.csr_array) -> sparse.csr_matrix:
+        """Columns of CSR counts in the order of the vocabulary, absent genes empty: CSR ``(n, n_vocabulary)``."""
+        target = np.full(counts.shape[1], -1, dtype=np.int64)
+        target[self.source_index] = self.target_index
+        columns = target[counts.indices]
+        keep = columns >= 0
+        row_of = np.repeat(np.arange(counts.shape[0]), np.diff(counts.indptr))[keep]
+        indptr = np.concatenate([[0], np.cumsum(np.bincount(row_of, minlength=counts.shape[0]))])
+        taken = sparse.csr_matrix(
+            (counts.data[keep], columns[keep], indptr), shape=(counts.shape[0], self.n_vocabulary)
+        )
+        taken.sort_indices()
+        return taken
+
+
+def match_genes(panel: Panel, vocabulary: Vocabulary, *, min_fraction: float = 0.2) -> GeneMatch:
+    """Match the genes of a slide to those of a model.
+
+    Parameters
+    ----------
+    panel
+        Genes of the slide. Of a gene that is listed twice the first column counts.
+    vocabulary
+        Genes of the model.
+    min_fraction
+        Smallest acceptable share of ``min(n_panel, n_vocabulary)``.
+
+    Raises
+    ------
+    InputError
+        Less than ``min_fraction`` matched; the message shows genes of either side.
+    """
+    if not 0 <= min_fraction <= 1:
+        raise InputError(f"min_fraction must lie between 0 and 1, not {min_fraction}")
+    known = vocabulary.panel
+    taken = np.full(len(vocabulary), -1, dtype=np.int64)  # column of the counts for every vocabulary gene
+    used = np.zeros(len(panel), dtype=bool)
+    routes = []
+    for route, sources, targets in (
+        ("ensembl id", panel.id_keys, known.id_keys),
+        ("symbol", panel.symbol_keys, known.symbol_keys),
+    ):
+        position = {key: i for i, key in reversed(list(enumerate(targets))) if key}
+        before = int(used.sum())
+        for column, key in enumerate(sources):
+            place = position.get(key, -1) if key else -1
+            if place >= 0 and taken[place] < 0 and not used[column]:
+                taken[place], used[column] = column, True
+        if used.sum() > before:
+            routes.append(route)
+    target_index = np.flatnonzero(taken >= 0)
+    smaller = min(len(panel), len(vocabulary))
+    note = None
+    if panel.species and vocabulary.species and panel.species != vocabulary.species:
+        note = f"{panel.species} genes taken as {vocabulary.species} orthologues by upper-cased symbol"
+    match = GeneMatch(
+        source_index=taken[target_index],
+        target_index=target_index.astype(np.int64),
+        n_matched=len(target_index),
+        n_panel=len(panel),
+        n_vocabulary=len(vocabulary),
+        fraction=len(target_index) / smaller if smaller else 0.0,
+        via=" and ".join(routes) or "nothing",
+        species_note=note,
+        unmatched=tuple(str(name) for name in panel.names[~used][:5]),
+    )
+    if match.n_matched == 0 or match.fraction < min_fraction:
+        raise InputError(_mismatch(match, panel, vocabulary, min_fraction))
+    return match
+
+
+def _mismatch(match: GeneMatch, panel: Panel, vocabulary: Vocabulary, min_fraction: float) -> str:
+    advice = "name the column of symbols or Ensembl ids with var_key="
+    ids_only = not any(panel.symbol_keys) or not any(vocabulary.panel.symbol_keys)
+    if match.species_note and ids_only:
+        advice = f"a {panel.species} panel meets a {vocabulary.species} vocabulary by symbol only: {advice}"
+    elif match.n_matched:
+        advice += f", or lower min_fraction (now {min_fraction})"
+    return (
+        f"only {match.n_matched} of {min(match.n_panel, match.n_vocabulary):,} genes match the vocabulary; the data "
+        f"have {', '.join(match.unmatched) or 'no genes'}, the vocabulary {', '.join(vocabulary.names[:5])}; {advice}"
+    )
+
+
+def check_counts(X: Any, *, where: str = "X", layers: Iterable[str] = (), block: int = 20_000) -> None:
+    """Refuse a matrix that does not hold raw counts.
+
+    Parameters
+    ----------
+    X
+        Dense, sparse or backed matrix; read in blocks of rows.
+    where
+        Name for the message.
+    layers
+        Names of the layers that the object has, told in the message.
+    block
+        Rows read at once.
+
+    Raises
+    ------
+    InputError
+        Some value is nan, infinite, negative or no integer.
+    """
+    whole = sparse.issparse(X)
+    step = max(1, X.shape[0]) if whole else block
+    for start in range(0, X.shape[0], step):
+        part = X if whole else X[start : start + step]
+        values = part.data if sparse.issparse(part) else np.asarray(part)
+        if values.dtype.kind in "bu" or values.size == 0:
+            continue
+        low, high = values.min(), values.max()
+        problem = None
+        if not (np.isfinite(low) and np.isfinite(high)):
+            problem = "holds nan or infinite values"
+        elif low < 0:
+            problem = f"holds negative values (down to {low:.4g}): it looks scaled or centred"
+        elif values.dtype.kind == "f" and bool(np.any(values != np.rint(values))):
+            kind = "log-normalised" if high < 30 else "normalised"
+            problem = f"holds values that are no integers (largest {high:.4g}): it looks {kind}"
+        if problem:
+            have = ", ".join(f"'{name}'" for name in layers)
+            raise InputError(
+                f"{where} {problem}; raw counts are needed: name the layer that has them with layer="
+                + (f" (layers here: {have})" if have else " (for example layer='counts')")
+            )
+
+
+def log_normalise(
+    rows: sparse.csr_matrix | sparse.csr_array | NDArray[Any], total: ArrayLike, *, target_sum: float = 1e4
+) -> Any:
+    """Return ``log1p(target_sum * c / total)`` as float32, sparse for sparse input.
+
+    Parameters
+    ----------
+    rows
+        Counts ``(n, g)``; g may be fewer genes than were measured.
+    total
+        Counts of every row over ALL measured genes, ``(n,)``. Rows without counts stay zero.
+    target_sum
+        Counts a row is scaled to.
+    """
+    total = np.asarray(total, dtype=np.float64).ravel()
+    if len(total) != rows.shape[0]:
+        raise InputError(f"total has {len(total)} values for {rows.shape[0]} rows; give one a row")
+    scale = (target_sum / np.where(total > 0, total, np.inf)).astype(np.float32)
+    if sparse.issparse(rows):
+        result: Any = sparse.csr_matrix(rows, dtype=np.float32, copy=True)
+        result.data *= np.repeat(scale, np.diff(result.indptr))
+        np.log1p(result.data, out=result.data)
+        return result
+    dense = np.multiply(rows, scale[:, None], dtype=np.float32)
+    return np.log1p(dense, out=dense)
