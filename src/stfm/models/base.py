@@ -1,0 +1,235 @@
+"""The contract of every model, and how models are saved and loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from stfm._errors import DataIntegrityError, InputError, MissingKeyError
+from stfm._version import __version__
+from stfm.slide.genes import Vocabulary
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import pandas as pd
+
+    from stfm.models.inputs import InputSpec, SlideInputs
+    from stfm.nn.batch import Batch
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+GENES_FILE = "genes.txt"
+HISTORY_FILE = "history.csv"
+CARD_FILE = "README.md"
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """What a model makes of a batch: tensors ``(b, d)``; a part whose modality is absent is None."""
+
+    joint: Tensor
+    image: Tensor | None = None
+    gene: Tensor | None = None
+    niche: Tensor | None = None
+
+
+@dataclass
+class Seen:
+    """What a model was trained on; evaluation on any of it is told."""
+
+    studies: list[str] = field(default_factory=list)
+    slides: list[str] = field(default_factory=list)
+    patients: list[str] = field(default_factory=list)
+    n_spots: int = 0
+    recipe: dict[str, Any] = field(default_factory=dict)
+
+    def add(self, slides: Sequence[Any]) -> None:
+        """Add slides, with their studies and patients, once each."""
+        for slide in slides:
+            for names, name in ((self.studies, slide.study), (self.slides, slide.name), (self.patients, slide.patient)):
+                if name is not None and name not in names:
+                    names.append(name)
+            self.n_spots += slide.n_obs
+
+
+class Model(nn.Module, ABC):
+    """A model of spots.
+
+    Parameters
+    ----------
+    config
+        Frozen dataclass of plain values; it goes to JSON and back.
+    vocabulary
+        Genes that the model reads; None for a model of H&E alone.
+    pretrained
+        Whether encoders fetch the weights that the config names. Off when the weights come from a saved model.
+    """
+
+    #: name of the family in the registry
+    family: ClassVar[str]
+    config_class: ClassVar[type[Any]]
+
+    def __init__(self, config: Any, vocabulary: Vocabulary | None, *, pretrained: bool = True) -> None:
+        super().__init__()
+        if not isinstance(config, self.config_class):
+            msg = f"{type(self).__name__} is configured by {self.config_class.__name__}, got {type(config).__name__}."
+            raise InputError(msg)
+        self.config = config
+        self.vocabulary = vocabulary
+        self.pretrained = pretrained
+        self.seen = Seen()
+        self.history: pd.DataFrame | None = None
+
+    @property
+    @abstractmethod
+    def inputs(self) -> InputSpec:
+        """What the model wants to see of every spot."""
+
+    @abstractmethod
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """Return the named scalars of the objective; ``"loss"`` is their weighted sum."""
+
+    @abstractmethod
+    def embed(self, batch: Batch) -> Embedding:
+        """Return the embedding of every spot; either modality may be missing."""
+
+    def fit_inputs(self, slides: Sequence[SlideInputs]) -> None:
+        """Fit what is estimated from the training slides before the first step; nothing by default."""
+
+    def frozen_image_encoder(self, level: str) -> nn.Module | None:
+        """Return the encoder of ``"spot"`` or ``"niche"`` tiles if it is frozen, so that its features can be kept."""
+        return None
+
+    @property
+    def n_parameters(self) -> int:
+        """Number of parameters, frozen ones included."""
+        return sum(p.numel() for p in self.parameters())
+
+    def weights_sha256(self) -> str:
+        """Return the hash of names and values of all weights and buffers."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the model to a folder: configuration, weights, genes, history and a model card.
+
+        Parameters
+        ----------
+        folder
+            Made if it is not there; a model that lies in it is replaced.
+
+        Returns
+        -------
+        The folder.
+        """
+        from safetensors.torch import save_file
+
+        from stfm.models._card import model_card
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = {k: v.detach().cpu().contiguous().clone() for k, v in self.state_dict().items()}
+        # The configuration goes last: a folder that has it is whole.
+        (folder / CONFIG_FILE).unlink(missing_ok=True)
+        save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        if self.vocabulary is not None:
+            self.vocabulary.save(folder / GENES_FILE)
+        if self.history is not None:
+            self.history.to_csv(folder / HISTORY_FILE, index=False)
+        (folder / CARD_FILE).write_text(model_card(self), encoding="utf-8")
+        description = {
+            "family": self.family,
+            "stfm_version": __version__,
+            "config": asdict(self.config),
+            "seen": asdict(self.seen),
+        }
+        (folder / CONFIG_FILE).write_text(json.dumps(description, indent=1, default=str), encoding="utf-8")
+        return folder
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Model:
+        """Load a model of this family that :meth:`save` wrote, bit for bit, in evaluation mode."""
+        folder = Path(folder)
+        description = read_description(folder)
+        if description["family"] != cls.family:
+            msg = (
+                f"{folder} holds a {description['family']!r} model, not a {cls.family!r} one; "
+                "load it with sf.models.load, which finds the right class."
+            )
+            raise DataIntegrityError(msg)
+        genes = folder / GENES_FILE
+        vocabulary = Vocabulary.load(genes) if genes.exists() else None
+        model = cls(config_from_dict(cls.config_class, description["config"]), vocabulary, pretrained=False)
+        model.load_weights(folder / WEIGHTS_FILE)
+        model.seen = Seen(**description["seen"])
+        if (folder / HISTORY_FILE).exists():
+            import pandas as pd
+
+            model.history = pd.read_csv(folder / HISTORY_FILE)
+        return model.eval()
+
+    def load_weights(self, path: str | Path) -> None:
+        """Fill the model from a safetensors file whose names and shapes must all agree."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        path = Path(path)
+        if not path.exists():
+            msg = f"{path} does not exist; a saved model is a folder with {CONFIG_FILE} and {WEIGHTS_FILE}."
+            raise MissingKeyError(msg)
+        try:
+            state = load_file(path)
+        except SafetensorError as error:
+            msg = f"{path} is no whole safetensors file ({error}); save or fetch it again."
+            raise DataIntegrityError(msg) from error
+        self.resize_buffers(state)
+        own = self.state_dict()
+        wrong = [k for k in {*own, *state} if k not in own or k not in state or own[k].shape != state[k].shape]
+        if wrong:
+            msg = (
+                f"{path} is a checkpoint of another architecture: {len(wrong)} of {len(own)} tensors differ "
+                f"in name or shape, {sorted(wrong)[0]!r} first. Load it with the configuration that it was saved with."
+            )
+            raise DataIntegrityError(msg)
+        self.load_state_dict(state)
+
+    def resize_buffers(self, state: dict[str, Tensor]) -> None:
+        """Give buffers whose size was fitted to data the size they have in ``state``; none by default."""
+
+
+def config_from_dict(config_class: type[Any], values: dict[str, Any]) -> Any:
+    """Rebuild a frozen config from JSON: unknown names are refused, lists become tuples."""
+    known = set(config_class.__dataclass_fields__)
+    if unknown := sorted(set(values) - known):
+        msg = f"{config_class.__name__} has no field {unknown[0]!r}; it has: {', '.join(sorted(known))}."
+        raise InputError(msg)
+    return config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """Read and check ``config.json`` of a saved model."""
+    path = folder / CONFIG_FILE
+    if not path.exists():
+        msg = f"{folder} is no saved model: there is no {CONFIG_FILE} in it. Models are saved with model.save(folder)."
+        raise MissingKeyError(msg)
+    try:
+        description: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        msg = f"{path} is not valid JSON ({error}); save the model again."
+        raise DataIntegrityError(msg) from error
+    missing = {"family", "config", "seen"} - set(description)
+    if missing:
+        msg = f"{path} lacks {sorted(missing)[0]!r}; it is not the configuration of an stfm model."
+        raise DataIntegrityError(msg)
+    return description

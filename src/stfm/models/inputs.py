@@ -1,0 +1,260 @@
+"""From a slide and a list of spots to a batch: what training and inference share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from stfm._errors import InputError
+from stfm.nn.batch import Batch
+from stfm.slide.genes import GeneMatch, Vocabulary, log_normalise, match_genes
+from stfm.slide.niches import NicheTable, niche_mean
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from scipy import sparse
+
+    from stfm.slide.slide import Slide
+    from stfm.slide.tiles import TileReader
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """What a model wants to see of every spot.
+
+    Attributes
+    ----------
+    spot_px, niche_px
+        Sides of the tiles in px; None where the model reads no such tile.
+    spot_um, niche_um
+        Sides of the tiles in µm; None takes the slide's own (diameter of the spot; square that holds its niche).
+    counts, niche_counts
+        Whether the model reads the spot's counts and those of its niche.
+    n_neighbors, include_self, ties
+        The niche, where the slide has no table of its own (``pp.build_niches`` explains the options).
+    min_fraction
+        Smallest share of genes that must match the model's vocabulary.
+    """
+
+    spot_px: int | None = 28
+    niche_px: int | None = 224
+    spot_um: float | None = None
+    niche_um: float | None = None
+    counts: bool = True
+    niche_counts: bool = True
+    n_neighbors: int = 3
+    include_self: bool = False
+    ties: str = "index"
+    min_fraction: float = 0.2
+
+    @property
+    def image(self) -> bool:
+        """Whether the model reads H&E."""
+        return self.spot_px is not None or self.niche_px is not None
+
+    @property
+    def gene(self) -> bool:
+        """Whether the model reads counts."""
+        return self.counts or self.niche_counts
+
+
+class SlideInputs:
+    """A slide made ready for one model: genes matched, niches found, tile sizes settled.
+
+    Parameters
+    ----------
+    slide
+        The slide; a modality that it lacks is left out of the batches.
+    spec
+        What the model wants.
+    vocabulary
+        Genes of the model; None for a model of H&E alone.
+    slide_id
+        Number of the slide among those that are read together.
+
+    Raises
+    ------
+    InputError
+        The slide has neither modality of the model, too few genes match, or a tile size is unknown.
+    """
+
+    def __init__(self, slide: Slide, spec: InputSpec, vocabulary: Vocabulary | None, *, slide_id: int = 0) -> None:
+        self.slide = slide
+        self.spec = spec
+        self.slide_id = slide_id
+        self.has_image = spec.image and slide.tiles is not None
+        self.has_gene = spec.gene and slide.counts is not None and vocabulary is not None
+        if not (self.has_image or self.has_gene):
+            wanted = " or ".join(w for w, on in (("H&E", spec.image), ("counts", spec.gene)) if on)
+            msg = (
+                f"slide {slide.name!r} has none of what the model reads ({wanted}): "
+                "give an image (image=, or sf.pp.tile) or raw counts (X or layer=)."
+            )
+            raise InputError(msg)
+        self.match: GeneMatch | None = None
+        if self.has_gene and slide.panel is not None and vocabulary is not None:
+            self.match = match_genes(slide.panel, vocabulary, min_fraction=spec.min_fraction)
+        #: features of a frozen encoder that stand in for tiles, float32 (n, f); set by ``inference.features``
+        self.spot_features: NDArray[np.float32] | None = None
+        self.niche_features: NDArray[np.float32] | None = None
+        if self.has_image:
+            self._check_sizes()
+
+    @property
+    def n_obs(self) -> int:
+        """Number of spots."""
+        return self.slide.n_obs
+
+    def tile_um(self, level: str) -> float:
+        """Return the side in µm of the ``"spot"`` or the ``"niche"`` tile."""
+        slide, spec = self.slide, self.spec
+        asked = spec.spot_um if level == "spot" else spec.niche_um
+        size = asked if asked is not None else (slide.spot_um if level == "spot" else slide.niche_um)
+        if size is None:
+            msg = (
+                f"slide {slide.name!r}: the {level} tile has no size in µm (no spot diameter or pitch is known). "
+                f"Record one with sf.pp.tile(adata, {level}_um=...)."
+            )
+            raise InputError(msg)
+        return float(size)
+
+    @cached_property
+    def niches(self) -> NicheTable:
+        """The slide's own niche table, or one built as the model wants it."""
+        if self.slide.niches is not None:
+            return self.slide.niches
+        spec = self.spec
+        built = self.slide.with_niches(spec.n_neighbors, include_self=spec.include_self, ties=spec.ties)
+        if built.niches is None:
+            msg = f"slide {self.slide.name!r}: no niche table could be built."
+            raise InputError(msg)
+        return built.niches
+
+    def batch(self, indices: NDArray[np.int64]) -> Batch:
+        """Return the spots at some positions of the slide as a batch of CPU tensors."""
+        index = np.asarray(indices, dtype=np.int64)
+        spot_features, spot_tiles = self._image(index, "spot")
+        niche_features, niche_tiles = self._image(index, "niche")
+        counts = self.expression(index) if self.has_gene and self.spec.counts else None
+        niche_counts = self.niche_expression(index) if self.has_gene and self.spec.niche_counts else None
+        return Batch(
+            spot_tiles=spot_tiles,
+            niche_tiles=niche_tiles,
+            spot_features=spot_features,
+            niche_features=niche_features,
+            counts=None if counts is None else torch.from_numpy(counts),
+            niche_counts=None if niche_counts is None else torch.from_numpy(niche_counts),
+            gene_mask=self._gene_mask(len(index)),
+            xy_um=torch.from_numpy(self.slide.coords[index].astype(np.float32)),
+            slide_id=torch.full((len(index),), self.slide_id, dtype=torch.int64),
+            index=torch.from_numpy(index),
+            niche_index=torch.from_numpy(self.niches.index[index].astype(np.int64)),
+        )
+
+    def tiles(self, indices: NDArray[np.int64], level: str) -> NDArray[np.uint8]:
+        """Return ``"spot"`` or ``"niche"`` tiles, uint8 ``(b, px, px, 3)``."""
+        px = self.spec.spot_px if level == "spot" else self.spec.niche_px
+        if self.slide.tiles is None or px is None:
+            msg = f"slide {self.slide.name!r}: the model or the slide has no {level} tiles."
+            raise InputError(msg)
+        reader: TileReader = self.slide.tiles
+        return reader.read(indices, size_um=self.tile_um(level), size_px=px)
+
+    def expression(self, indices: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Return ``log1p(1e4 c / sum c)`` on the vocabulary, float32 ``(b, G)``; the sum is over all measured genes."""
+        counts, totals = self._counts_of(indices)
+        dense: NDArray[np.float32] = log_normalise(counts, totals).toarray()
+        return dense
+
+    def niche_expression(self, indices: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Return the same of the mean counts of each spot's niche (ST-Align, eq. 2)."""
+        table = self.niches
+        # Only the rows that the niches touch are read: a backed slide never comes into memory whole.
+        neighbours = table.index[indices]
+        members = np.unique(np.concatenate([neighbours[neighbours >= 0].ravel(), indices]))
+        counts, totals = self._counts_of(members)
+        local = np.where(neighbours >= 0, np.searchsorted(members, neighbours), -1).astype(np.int32)
+        empty = (local < 0).all(axis=1)
+        if empty.any():  # a spot without neighbours is its own niche
+            local[empty, 0] = np.searchsorted(members, indices[empty])
+        mean = niche_mean(counts, NicheTable(local, table.distance[indices]))
+        present = local >= 0
+        mean_total = np.where(present, totals[local], 0.0).sum(axis=1) / present.sum(axis=1)
+        scaled: NDArray[np.float32] = log_normalise(mean, mean_total)
+        return scaled
+
+    def _counts_of(self, indices: NDArray[np.int64]) -> tuple[sparse.csr_matrix, NDArray[np.float32]]:
+        if self.slide.counts is None or self.match is None:
+            msg = f"slide {self.slide.name!r} has no counts."
+            raise InputError(msg)
+        if self._on_vocabulary is not None:
+            return self._on_vocabulary[indices], self.slide.counts.totals()[indices]
+        raw = self.slide.counts.rows(indices)
+        return self.match.take(raw), np.asarray(raw.sum(axis=1), dtype=np.float32).ravel()
+
+    @cached_property
+    def _on_vocabulary(self) -> sparse.csr_matrix | None:
+        """All counts on the vocabulary, kept for slides in memory."""
+        if self.slide.counts is None or self.match is None or self.slide.counts.is_backed:
+            return None
+        return self.match.take(self.slide.counts.to_csr())
+
+    def _image(self, index: NDArray[np.int64], level: str) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Return frozen features where they were computed, else tiles, else nothing."""
+        features = self.spot_features if level == "spot" else self.niche_features
+        px = self.spec.spot_px if level == "spot" else self.spec.niche_px
+        if not self.has_image or px is None:
+            return None, None
+        if features is not None:
+            return torch.from_numpy(np.ascontiguousarray(features[index])), None
+        tiles = self.tiles(index, level)
+        return None, torch.from_numpy(tiles).permute(0, 3, 1, 2)
+
+    def _gene_mask(self, n: int) -> torch.Tensor | None:
+        if self.match is None or self.match.n_matched == self.match.n_vocabulary:
+            return None
+        return torch.from_numpy(self.match.mask).expand(n, -1)
+
+    def _check_sizes(self) -> None:
+        for level, px in (("spot", self.spec.spot_px), ("niche", self.spec.niche_px)):
+            if px is not None:
+                self.tile_um(level)
+
+
+def collate(parts: list[Batch]) -> Batch:
+    """Join batches of several slides; what one of them lacks is left out of all, gene masks are filled in."""
+    if len(parts) == 1:
+        return parts[0]
+    joined: dict[str, torch.Tensor | None] = {}
+    for name in Batch.__dataclass_fields__:
+        tensors = [getattr(part, name) for part in parts]
+        if name == "gene_mask":
+            joined[name] = _join_masks(parts)
+        elif name == "niche_index":
+            joined[name] = _join_padded(tensors)
+        elif all(t is not None for t in tensors):
+            joined[name] = torch.cat(tensors)
+        else:
+            joined[name] = None
+    return Batch(**joined)
+
+
+def _join_masks(parts: list[Batch]) -> torch.Tensor | None:
+    if all(part.gene_mask is None for part in parts):
+        return None
+    width = next(part.gene_mask.shape[1] for part in parts if part.gene_mask is not None)
+    full = [torch.ones(len(p), width, dtype=torch.bool) if p.gene_mask is None else p.gene_mask for p in parts]
+    return torch.cat(full)
+
+
+def _join_padded(tensors: list[torch.Tensor | None]) -> torch.Tensor | None:
+    """Join tables of neighbours of different widths (ties="all"), padded with -1."""
+    present = [t for t in tensors if t is not None]
+    if len(present) < len(tensors):
+        return None
+    width = max(t.shape[1] for t in present)
+    return torch.cat([torch.nn.functional.pad(t, (0, width - t.shape[1]), value=-1) for t in present])

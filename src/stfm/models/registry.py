@@ -1,0 +1,157 @@
+"""Models by name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stfm._errors import InputError
+from stfm._registry import Registry
+from stfm._validate import did_you_mean
+from stfm.models.base import Model, read_description
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import pandas as pd
+
+    from stfm.slide.genes import Vocabulary
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A row of the table of models.
+
+    Attributes
+    ----------
+    name
+        Name under which it is made.
+    family
+        Name of its class in saved models.
+    summary
+        What it is, in a line.
+    reference
+        The paper.
+    factory
+        Class of the model.
+    config
+        Makes the configuration.
+    """
+
+    name: str
+    family: str
+    summary: str
+    reference: str
+    factory: type[Model]
+    config: Callable[[], Any]
+
+
+def _load_builtin() -> None:
+    for module in ("st_align", "contrastive"):
+        import_module(f"stfm.models.{module}").register(MODELS)
+
+
+MODELS: Registry[ModelSpec] = Registry("model", entry_points_group="stfm.models", loader=_load_builtin)
+
+
+def create(model: str | Any, vocabulary: Vocabulary | None = None, *, pretrained: bool = True, **changes: Any) -> Model:
+    """Make a model with fresh weights.
+
+    Parameters
+    ----------
+    model
+        A name of :func:`list_models`, or a configuration.
+    vocabulary
+        Genes that the model reads and, where it predicts them, writes.
+    pretrained
+        Whether encoders take the weights that the configuration names.
+    changes
+        Fields of the configuration to change.
+
+    Returns
+    -------
+    The model, in training mode.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import stfm as sf
+    >>> from stfm.slide.genes import Vocabulary
+    >>> genes = Vocabulary(np.array(["MBP", "PLP1", "SNAP25", "GFAP"]))
+    >>> sf.models.create("st-align-tiny", genes).family
+    'st-align'
+    """
+    if isinstance(model, str):
+        spec = MODELS.get(model)
+        factory, config = spec.factory, spec.config()
+    else:
+        factory, config = _class_of(model), model
+    names = [f.name for f in fields(config)]
+    for name in changes:
+        if name not in names:
+            msg = f"{type(config).__name__} has no field {name!r}. {did_you_mean(name, names)}"
+            raise InputError(msg)
+    return factory(replace(config, **changes), vocabulary, pretrained=pretrained)
+
+
+def load(folder: str | Path) -> Model:
+    """Load a model that ``model.save(folder)`` wrote.
+
+    Parameters
+    ----------
+    folder
+        Folder with ``config.json`` and ``model.safetensors``.
+
+    Returns
+    -------
+    The model, in evaluation mode, with weights equal bit for bit.
+
+    Raises
+    ------
+    MissingKeyError
+        There is no saved model in the folder, or its family is unknown.
+    DataIntegrityError
+        The files do not fit together.
+    """
+    family = read_description(Path(folder))["family"]
+    for spec in MODELS:
+        if spec.family == family:
+            return spec.factory.load(folder)
+    return MODELS.get(family).factory.load(folder)
+
+
+def list_models() -> pd.DataFrame:
+    """Return the models that :func:`create` makes.
+
+    Returns
+    -------
+    A row a model: family, summary, number of parameters (of a vocabulary of 2,000 genes), reference.
+    """
+    table = MODELS.frame()[["family", "summary", "reference"]]
+    table.insert(2, "parameters", [_size(name) for name in table.index])
+    return table
+
+
+def _size(name: str) -> int:
+    """Count parameters without making them (on the meta device)."""
+    import numpy as np
+    import torch
+
+    from stfm.slide.genes import Vocabulary
+
+    vocabulary = Vocabulary(np.array([f"GENE{i}" for i in range(2000)]))
+    with torch.device("meta"):
+        return create(name, vocabulary, pretrained=False).n_parameters
+
+
+def _class_of(config: Any) -> type[Model]:
+    for spec in MODELS:
+        if type(config) is spec.factory.config_class:
+            return spec.factory
+    msg = (
+        f"{type(config).__name__} is no configuration of a model; give one, or a name of sf.models.list_models(): "
+        f"{', '.join(MODELS.names())}."
+    )
+    raise InputError(msg)
