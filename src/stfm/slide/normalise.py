@@ -14,7 +14,8 @@ from stfm._errors import InputError
 
 def _values(part: Any) -> NDArray[Any]:
     """Return the stored values of a sparse block, or all values of a dense one."""
-    return np.asarray(sparse.csr_matrix(part).data if sparse.issparse(part) else part)
+    is_sparse = bool(sparse.issparse(part))  # a plain bool: the stubs of SciPy narrow to a class without data
+    return np.asarray(part.tocsr().data if is_sparse else part)
 
 
 def check_counts(X: Any, *, where: str = "X", layers: Iterable[str] = (), block: int = 20_000) -> None:
