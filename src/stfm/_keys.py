@@ -16,6 +16,8 @@ TILES: Final = "tiles"
 
 #: obs columns that say where a spot comes from, in the order in which they are looked for.
 LIBRARY_COLUMNS: Final = ("library_id", "library", "section", "sample")
+#: name of the library of an object that names none
+UNNAMED: Final = "slide"
 PATIENT: Final = "patient"
 STUDY: Final = "study"
 
