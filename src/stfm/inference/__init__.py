@@ -1,0 +1,1 @@
+"""Inference: embeddings in a stream, features of frozen encoders kept on disk."""

@@ -1,0 +1,25 @@
+"""Tools: train a model, embed spots, find spatial domains, predict expression from H&E."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from stfm import _lazy
+
+if TYPE_CHECKING:
+    from stfm.tl._domains import spatial_domains
+    from stfm.tl._embed import embed
+    from stfm.tl._expression import predict_expression
+    from stfm.tl._train import train
+
+__all__ = ["embed", "predict_expression", "spatial_domains", "train"]
+
+__getattr__, __dir__, _ = _lazy.attach(
+    __name__,
+    {
+        "embed": "_embed",
+        "predict_expression": "_expression",
+        "spatial_domains": "_domains",
+        "train": "_train",
+    },
+)

@@ -1,0 +1,1 @@
+"""Training: recipes, batches, schedules and ``fit``, on slides."""

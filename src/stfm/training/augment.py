@@ -1,0 +1,109 @@
+"""Changes of tiles and counts during training, for a whole batch at a time."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from stfm.nn.batch import Batch
+    from stfm.slide.slide import Slide
+    from stfm.training.recipes import Recipe
+
+__all__ = ["augment", "drop_genes", "jitter_stain", "thin_counts", "turn"]
+
+#: Optical density (RGB) of haematoxylin, eosin and a residual, of Ruifrok & Johnston (2001), rows of unit length.
+_STAINS = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
+_N_TURNS = 8
+
+
+def turn(tiles: torch.Tensor, which: torch.Tensor) -> torch.Tensor:
+    """Turn and mirror each tile: ``which`` in 0..7 names one of the eight symmetries of a square.
+
+    Parameters
+    ----------
+    tiles
+        ``(b, 3, s, s)``.
+    which
+        int64 ``(b,)``: quarter turns (``which % 4``), then mirrored where ``which >= 4``.
+
+    Returns
+    -------
+    Tensor like ``tiles``.
+    """
+    out = torch.empty_like(tiles)
+    for k in range(_N_TURNS):
+        rows = torch.nonzero(which == k).squeeze(1)
+        if len(rows):
+            turned = torch.rot90(tiles[rows], k % 4, dims=(2, 3))
+            out[rows] = turned.flip(3) if k >= _N_TURNS // 2 else turned
+    return out
+
+
+def jitter_stain(tiles: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Scale the stains of each tile in optical density (Beer-Lambert).
+
+    Parameters
+    ----------
+    tiles
+        uint8 ``(b, 3, h, w)``.
+    scale
+        float ``(b, 3)``: factor of haematoxylin, eosin and residual; 1 changes nothing.
+
+    Returns
+    -------
+    uint8 tensor like ``tiles``; white stays white.
+    """
+    unit = _STAINS / np.linalg.norm(_STAINS, axis=1, keepdims=True)
+    stains = torch.as_tensor(unit, dtype=torch.float32)
+    # density (row vector) -> stains -> scaled -> density, as one 3 x 3 matrix a tile
+    change = torch.linalg.inv(stains) @ (scale.float()[:, :, None] * stains)
+    table = -torch.log((torch.arange(256, dtype=torch.float32) + 1) / 256)
+    density = table[tiles.long()].flatten(2)
+    light = torch.exp(-(change.transpose(1, 2) @ density)) * 256 - 1
+    return light.round_().clamp_(0, 255).to(torch.uint8).view_as(tiles)
+
+
+def drop_genes(batch: Batch, share: float, rng: np.random.Generator) -> Batch:
+    """Set a share of the genes to zero, the same ones in the spot's and the niche's counts."""
+    counts = batch.counts if batch.counts is not None else batch.niche_counts
+    if counts is None or share == 0:
+        return batch
+    keep = torch.from_numpy((rng.random(counts.shape[1]) >= share).astype(np.float32))
+    changed = {
+        name: tensor * keep
+        for name in ("counts", "niche_counts")
+        if (tensor := getattr(batch, name)) is not None
+    }
+    return replace(batch, **changed)
+
+
+def augment(batch: Batch, recipe: Recipe, rng: np.random.Generator) -> Batch:
+    """Return a batch with turned tiles, other stains and fewer genes, as the recipe says."""
+    size = len(batch)
+    changed = {name: t for name in ("spot_tiles", "niche_tiles") if (t := getattr(batch, name)) is not None}
+    if recipe.flips and changed:
+        which = torch.from_numpy(rng.integers(0, _N_TURNS, size))
+        changed = {name: turn(tiles, which) for name, tiles in changed.items()}
+    if recipe.stain_jitter > 0 and changed:
+        scale = torch.from_numpy(rng.uniform(1 - recipe.stain_jitter, 1 + recipe.stain_jitter, (size, 3)))
+        changed = {name: jitter_stain(tiles, scale) for name, tiles in changed.items()}
+    return drop_genes(replace(batch, **changed) if changed else batch, recipe.gene_dropout, rng)
+
+
+def thin_counts(slide: Slide, share: float, rng: np.random.Generator) -> Slide:
+    """Return the slide with up to ``share`` of its counts dropped at random, as if sequenced less deeply.
+
+    Binomial thinning of Poisson counts gives Poisson counts, so the result is a possible measurement of the same tissue.
+    """
+    from stfm.slide.counts import Counts
+
+    if slide.counts is None or share == 0:
+        return slide
+    matrix = slide.counts.to_csr().copy()
+    kept = 1 - rng.uniform(0, share)
+    matrix.data = rng.binomial(matrix.data.astype(np.int64), kept).astype(np.float32)
+    return replace(slide, counts=Counts(matrix))

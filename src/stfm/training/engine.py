@@ -1,0 +1,260 @@
+"""``fit``: slides in, trained model out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import warnings
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+import pandas as pd
+import torch
+
+from stfm._errors import DataIntegrityError, InputError, MissingKeyError
+from stfm._validate import check_choice, check_count
+from stfm._version import __version__
+from stfm.models.inputs import SlideInputs
+from stfm.training.callbacks import LAST, Bar, Checkpoints, Journal, Seeds
+from stfm.training.data import SlideData, check_alike
+from stfm.training.module import RUN, TrainingModule
+from stfm.training.tilecache import with_tile_cache
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from stfm.models.base import Model
+    from stfm.slide.slide import Slide
+    from stfm.training.recipes import Recipe
+
+__all__ = ["fit", "resolve_precision"]
+
+_ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
+
+
+def fit(
+    model: Model,
+    train: Sequence[Slide],
+    recipe: Recipe,
+    *,
+    validation: Sequence[Slide] = (),
+    prepare: Callable[[Model, Sequence[SlideInputs]], None] | None = None,
+    fit_inputs: bool = True,
+    resume: str | Path | bool | None = None,
+    checkpoint_dir: str | Path | None = None,
+    seed: int = 0,
+    accelerator: str = "auto",
+    devices: int = 1,
+) -> Model:
+    """Train a model in place.
+
+    Parameters
+    ----------
+    model
+        The model, with its vocabulary.
+    train
+        Training slides.
+    recipe
+        How to train.
+    validation
+        Slides whose loss is measured after each epoch.
+    prepare
+        Called with the model and all slides made ready before the first step, for example to keep the features of
+        frozen encoders.
+    fit_inputs
+        Whether the model may estimate what it needs from the training slides (``Model.fit_inputs``); off when it
+        continues from trained weights.
+    resume
+        Checkpoint to go on from; True takes the newest of ``checkpoint_dir`` if there is one.
+    checkpoint_dir
+        Where to write checkpoints; None writes none.
+    seed
+        Seed of order, augmentation and dropout.
+    accelerator
+        ``"auto"``, ``"cpu"``, ``"gpu"`` (or ``"cuda"``) or ``"mps"``.
+    devices
+        Number of devices; with more than one, batch norm is synchronized and negatives stay on their device.
+
+    Returns
+    -------
+    The model in evaluation mode, with ``history`` and ``seen``.
+
+    Raises
+    ------
+    InputError
+        Slides that cannot be trained on together, or a checkpoint of another run.
+    StfmError
+        The loss became nan; the message names the batch.
+    """
+    check_choice("accelerator", accelerator, _ACCELERATORS)
+    check_count("devices", devices)
+    folder = None if checkpoint_dir is None else Path(checkpoint_dir)
+    # Slides are numbered through, so that no two share a slide_id.
+    slides = with_tile_cache([*train, *validation], recipe.cache_gb)
+    inputs = [SlideInputs(slide, model.inputs, model.vocabulary, slide_id=i) for i, slide in enumerate(slides)]
+    check_alike(inputs)
+    if fit_inputs:
+        model.fit_inputs(inputs[: len(train)])
+    run = _run_record(model, train, validation, recipe, seed)
+    start = _checkpoint(resume, folder, run)
+    if prepare is not None:
+        prepare(model, inputs)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+
+    data = SlideData(inputs[: len(train)], inputs[len(train) :], recipe, seed=seed)
+    total = data.steps_per_epoch(devices) * recipe.epochs
+    module = TrainingModule(model, recipe, total_steps=total, slide_names=[s.name for s in slides], run=run)
+    journal = Journal(patience=recipe.patience, keep_best=recipe.keep == "best" and bool(validation))
+    callbacks: list[pl.Callback] = [Seeds(seed), journal, Bar()]
+    if folder is not None:
+        callbacks.append(Checkpoints(folder, every=recipe.checkpoint_every))
+    with _quiet(), _own_random_numbers():
+        trainer = _trainer(recipe, callbacks, accelerator=accelerator, devices=devices, validates=bool(validation))
+        module.train()
+        trainer.fit(module, datamodule=data, ckpt_path=None if start is None else str(start))
+    return _finished(model, journal, train, validation, recipe)
+
+
+def _finished(
+    model: Model, journal: Journal, train: Sequence[Slide], validation: Sequence[Slide], recipe: Recipe
+) -> Model:
+    """Give the model its best weights and the record of its training."""
+    model.to("cpu")
+    if journal.best_weights is not None:
+        model.load_state_dict(journal.best_weights, strict=False)
+    before = model.history
+    rows = pd.DataFrame(journal.rows)
+    model.history = rows if before is None or before.empty else pd.concat([before, rows], ignore_index=True)
+    # Validation slides chose the weights, so they too are no test of them.
+    model.seen.add([*train, *validation])
+    model.seen.recipe = recipe.to_dict()
+    return model.eval()
+
+
+def _trainer(
+    recipe: Recipe, callbacks: list[pl.Callback], *, accelerator: str, devices: int, validates: bool
+) -> pl.Trainer:
+    precision = resolve_precision(recipe.precision, accelerator)
+    return pl.Trainer(
+        accelerator=accelerator,
+        devices=devices,
+        strategy="auto" if devices == 1 else "ddp",
+        precision="bf16-mixed" if precision == "bf16" else "32-true",
+        sync_batchnorm=devices > 1,
+        max_epochs=recipe.epochs,
+        accumulate_grad_batches=recipe.accumulate,
+        callbacks=callbacks,
+        limit_val_batches=None if validates else 0,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+    )
+
+
+def resolve_precision(precision: str, accelerator: str = "auto") -> str:
+    """Return ``"bf16"`` or ``"fp32"``: what was asked for, or for ``"auto"`` bf16 on CUDA devices that have it."""
+    if precision != "auto":
+        return precision
+    cuda = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    return "bf16" if cuda and torch.cuda.is_bf16_supported() else "fp32"
+
+
+def _run_record(
+    model: Model, train: Sequence[Slide], validation: Sequence[Slide], recipe: Recipe, seed: int
+) -> dict[str, Any]:
+    """Say what a run is, as plain values: a checkpoint continues this run and no other."""
+    genes = "" if model.vocabulary is None else "\n".join(map(str, model.vocabulary.names))
+    return {
+        "stfm_version": __version__,
+        "family": model.family,
+        "config": json.loads(json.dumps(asdict(model.config), default=str)),
+        "genes": hashlib.sha256(genes.encode()).hexdigest(),
+        "recipe": recipe.to_dict(),
+        "seed": seed,
+        "train": [[s.name, s.n_obs] for s in train],
+        "validation": [[s.name, s.n_obs] for s in validation],
+    }
+
+
+def _checkpoint(resume: str | Path | bool | None, folder: Path | None, run: dict[str, Any]) -> Path | None:
+    """Return the checkpoint to go on from, after checking that it belongs to this run."""
+    if resume is None or resume is False:
+        return None
+    if resume is True:
+        if folder is None:
+            msg = "resume=True goes on from the newest checkpoint of checkpoint_dir=, which is not given."
+            raise InputError(msg)
+        path = folder / LAST
+        if not path.exists():
+            return None
+    else:
+        path = Path(resume)
+        path = path / LAST if path.is_dir() else path
+        if not path.exists():
+            msg = f"There is no checkpoint at {path}; resume=True starts anew where there is none."
+            raise MissingKeyError(msg)
+    before = _read_run(path)
+    for name in run:
+        if name != "stfm_version" and before.get(name) != run[name]:
+            msg = f"{path} belongs to another run: {_difference(name, before.get(name), run[name])}."
+            raise InputError(msg)
+    return path
+
+
+def _read_run(path: Path) -> dict[str, Any]:
+    import pickle
+    import zipfile
+
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        msg = f"{path} is no whole checkpoint ({str(error).splitlines()[0]}); start anew without resume=."
+        raise DataIntegrityError(msg) from error
+    run = content.get(RUN) if isinstance(content, dict) else None
+    if not isinstance(run, dict):
+        msg = f"{path} is no checkpoint of stfm; give one that checkpoint_dir= wrote."
+        raise DataIntegrityError(msg)
+    return run
+
+
+def _difference(name: str, before: Any, now: Any) -> str:
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in {**before, **now}:
+            if before.get(key) != now.get(key):
+                return f"{name}: {key} was {before.get(key)!r}, is {now.get(key)!r}"
+    if name == "genes":
+        return "the model's genes differ"
+    return f"{name} was {before!r}, is {now!r}"
+
+
+@contextmanager
+def _own_random_numbers() -> Iterator[None]:
+    """Leave torch's random numbers as the user had them."""
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices):
+        yield
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep Lightning's adverts and hints off the user's screen; its errors pass."""
+    names = ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero")
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [one.level for one in loggers]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"lightning\.")
+        for one in loggers:
+            one.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for one, level in zip(loggers, levels, strict=True):
+                one.setLevel(level)

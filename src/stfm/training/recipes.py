@@ -1,0 +1,212 @@
+"""How a model is trained, as one frozen dataclass that goes to JSON and back, and the presets by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from stfm._errors import InputError
+from stfm._validate import check_choice, check_count, check_positive, check_range, did_you_mean
+
+__all__ = ["RECIPES", "Recipe", "recipe_for", "resolve_recipe"]
+
+_CHOICES = {
+    "optimizer": ("adamw", "adam"),
+    "batches": ("mixed", "slide"),
+    "precision": ("auto", "fp32", "bf16"),
+    "keep": ("best", "last"),
+}
+_SHARES = ("min_lr_ratio", "validation_fraction", "stain_jitter", "count_thinning", "gene_dropout")
+_COUNTS = ("epochs", "batch_size", "accumulate", "patience", "checkpoint_every")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything that decides a training run beside the data and the model.
+
+    Parameters
+    ----------
+    epochs
+        Passes over the training spots.
+    batch_size
+        Spots in a batch and device. Batches of an epoch are cut nearly equal, so that none is tiny.
+    accumulate
+        Batches whose gradients are summed before a step. The negatives of a contrastive loss come from one batch and do
+        not accumulate: more of them need a larger ``batch_size``.
+    batches
+        ``"mixed"``: a batch holds spots of any slide. ``"slide"``: of one slide.
+    optimizer
+        ``"adamw"``, or ``"adam"`` (weight decay as an L2 term) as the CLIP and PLIP baselines.
+    lr
+        Highest learning rate.
+    min_lr_ratio
+        Last learning rate as a share of ``lr``.
+    warmup
+        Length of the linear warm-up: a share of all steps below 1, a number of steps from 1 on.
+    weight_decay
+        Weight decay at the start.
+    weight_decay_end
+        Weight decay at the end, reached along a cosine.
+    betas
+        Betas of Adam.
+    eps
+        Epsilon of Adam.
+    decay_all
+        Also decay biases, norms and temperatures (vectors and scalars), which are spared otherwise.
+    clip_grad_norm
+        Largest norm of the gradient; ``None`` leaves it alone.
+    precision
+        ``"bf16"`` (autocast), ``"fp32"`` or ``"auto"``: bf16 on CUDA devices that have it, fp32 elsewhere.
+    validation_fraction
+        Share of the patients or sections held out, at least one, where the validation is not named in full.
+    patience
+        Epochs without a better validation loss after which training stops; ``None`` trains to the end.
+    keep
+        Weights returned: those of the ``"best"`` validation loss, or the ``"last"``. Without validation, the last.
+    checkpoint_every
+        Epochs between two checkpoints.
+    flips
+        Turn and mirror tiles at random (both tiles of a spot alike).
+    stain_jitter
+        Largest relative change of haematoxylin, eosin and residual in optical density; 0 is off.
+    count_thinning
+        Largest share of the counts dropped at random (binomial, one share a slide and epoch); 0 is off.
+    gene_dropout
+        Share of the genes of a batch set to zero; 0 is off.
+    cache_gb
+        Decoded tiles (uint8) kept in memory so that an epoch does not read the image again; slides beyond it are read
+        each time.
+    """
+
+    epochs: int = 40
+    batch_size: int = 256
+    accumulate: int = 1
+    batches: Literal["mixed", "slide"] = "mixed"
+    optimizer: Literal["adamw", "adam"] = "adamw"
+    lr: float = 5e-4
+    min_lr_ratio: float = 0.0
+    warmup: float = 0.1
+    weight_decay: float = 0.04
+    weight_decay_end: float = 0.4
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    decay_all: bool = False
+    clip_grad_norm: float | None = 1.0
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    validation_fraction: float = 0.2
+    patience: int | None = None
+    keep: Literal["best", "last"] = "best"
+    checkpoint_every: int = 1
+    flips: bool = True
+    stain_jitter: float = 0.0
+    count_thinning: float = 0.0
+    gene_dropout: float = 0.0
+    cache_gb: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, choices in _CHOICES.items():
+            check_choice(name, getattr(self, name), choices)
+        for name in _COUNTS:
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name))
+        for name in _SHARES:
+            check_range(name, getattr(self, name), 0.0, 1.0)
+        for name in ("lr", "eps"):
+            check_positive(name, getattr(self, name))
+        for name in ("warmup", "weight_decay", "weight_decay_end", "cache_gb"):
+            check_range(name, getattr(self, name), 0.0, float("inf"))
+        if self.clip_grad_norm is not None:
+            check_positive("clip_grad_norm", self.clip_grad_norm)
+        object.__setattr__(self, "betas", tuple(float(b) for b in self.betas))
+        if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
+            msg = f"betas must be two numbers in [0, 1), got {self.betas}."
+            raise InputError(msg)
+
+    def warmup_steps(self, total: int) -> int:
+        """Return the length of the warm-up in steps; it always leaves one step after it."""
+        steps = self.warmup if self.warmup >= 1 else self.warmup * total
+        return min(round(steps), max(total - 1, 0))
+
+    def replace(self, **changes: Any) -> Recipe:
+        """Return a copy with other values; a name that is no part of a recipe is refused."""
+        known = [f.name for f in dataclasses.fields(self)]
+        if unknown := sorted(set(changes) - set(known)):
+            msg = f"A recipe has no {unknown[0]!r}. {did_you_mean(unknown[0], known)}"
+            raise InputError(msg)
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the recipe as plain values."""
+        return {**dataclasses.asdict(self), "betas": list(self.betas)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Recipe:
+        """Return the recipe of :meth:`to_dict`."""
+        return cls().replace(**values)
+
+    def to_json(self) -> str:
+        """Return the recipe as JSON."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> Recipe:
+        """Return the recipe of :meth:`to_json`."""
+        return cls.from_dict(json.loads(text))
+
+
+#: Preset -> recipe. "paper" holds what the paper states (FACTS 1.3); what it leaves open is ours.
+RECIPES: dict[str, Recipe] = {
+    "recommended": Recipe(),
+    "paper": Recipe(batch_size=512, clip_grad_norm=None, decay_all=True, flips=False),
+    "small": Recipe(epochs=30, batch_size=256, lr=1e-3),
+    "tiny": Recipe(epochs=20, batch_size=128, lr=2e-3),
+    # The baselines as in STimage-1K4M (FACTS 1.4): Adam, constant weight decay, no warm-up.
+    "contrastive": Recipe(
+        epochs=15,
+        batch_size=1024,
+        optimizer="adam",
+        lr=5e-5,
+        warmup=0.0,
+        weight_decay=0.2,
+        weight_decay_end=0.2,
+        betas=(0.9, 0.98),
+        eps=1e-6,
+        decay_all=True,
+        clip_grad_norm=None,
+        flips=False,
+    ),
+}
+
+
+def recipe_for(model_name: str) -> Recipe:
+    """Return the recipe that fits a model by its registered name (its size, or the baselines' own)."""
+    name = model_name.lower()
+    for size in ("tiny", "small"):
+        if name.endswith(f"-{size}"):
+            return RECIPES[size]
+    return RECIPES["contrastive" if name in {"clip", "plip"} else "recommended"]
+
+
+def resolve_recipe(recipe: Recipe | str | None, model_name: str, **overrides: Any) -> Recipe:
+    """Return a recipe from a preset's name, a recipe, or the model's default, with the values given changed.
+
+    Parameters
+    ----------
+    recipe
+        A recipe, the name of a preset, or ``None`` for the one that fits the model.
+    model_name
+        Registered name of the model.
+    **overrides
+        Fields to change; ``None`` leaves a field as it is.
+
+    Returns
+    -------
+    The recipe to use.
+    """
+    if recipe is None:
+        recipe = recipe_for(model_name)
+    elif isinstance(recipe, str):
+        recipe = RECIPES[check_choice("recipe", recipe, RECIPES)]
+    return recipe.replace(**{k: v for k, v in overrides.items() if v is not None})
