@@ -81,7 +81,8 @@ def coordinates(adata: AnnData, spatial_key: str = SPATIAL) -> NDArray[np.float6
     if bad.any():
         msg = (
             f"adata.obsm[{spatial_key!r}] has {int(bad.sum())} spots with nan or infinite coordinates "
-            f"({adata.obs_names[bad][0]!r} first); remove them: adata = adata[np.isfinite(adata.obsm[{spatial_key!r}]).all(1)]."
+            f"({adata.obs_names[bad][0]!r} first); remove them, for example with "
+            f"adata = adata[np.isfinite(adata.obsm[{spatial_key!r}]).all(axis=1)].copy()."
         )
         raise InputError(msg)
     return coords
