@@ -108,9 +108,18 @@ def _resolve(app, env, node, contnode):
             found = domain.resolve_xref(env, node.get("refdoc", ""), app.builder, kind, home, node, contnode)
             if found is not None:
                 return found
-    if target.startswith("stfm"):
-        return None  # a name of ours that leads nowhere is an error
+    if target.startswith("stfm."):
+        return contnode if _exists(target) else None  # a name of ours that leads nowhere is an error
     return contnode if node.get("reftype") in {"class", "obj", "data", "exc"} or "." in target else None
+
+
+def _exists(target: str) -> bool:
+    """Whether a dotted name of stfm that has no page of its own is there (a class that a signature names)."""
+    module, _, name = target.rpartition(".")
+    try:
+        return hasattr(import_module(module), name)
+    except ImportError:
+        return False
 
 
 def setup(app):

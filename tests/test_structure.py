@@ -22,6 +22,7 @@ FLOORS = [
 # A floor has an order of its own where one of its rooms serves another.
 SIDEWAYS = {
     ("corpus", "slide"),
+    ("metrics", "slide"),
     ("models", "encoders"),
     ("models", "weights"),
     ("encoders", "weights"),

@@ -1,0 +1,107 @@
+"""The command line: help, doctor, inputs, and errors in one line."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import stfm
+from stfm.__main__ import main
+from stfm.cli import _doctor, _inputs, app
+from stfm.errors import InputError
+
+runner = CliRunner()
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_version():
+    result = runner.invoke(app, ["--version"])
+    assert result.exit_code == 0
+    assert result.stdout.strip() == f"stfm {stfm.__version__}"
+
+
+@pytest.mark.parametrize("command", ["demo", "doctor", "train", "embed", "predict"])
+def test_every_command_has_help(command: str):
+    result = runner.invoke(app, [command, "--help"])
+    assert result.exit_code == 0
+    assert "Usage" in result.stdout
+
+
+def test_doctor_table_leaves_brackets_alone(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(_doctor, "_is_there", lambda module: module not in {"timm", "peft"})
+    result = runner.invoke(app, ["doctor"])
+    assert result.exit_code == 0
+    assert "pip install 'stfm[encoders]'" in result.stdout
+    assert stfm.__version__ in result.stdout
+
+
+def test_doctor_json_reports_every_part():
+    result = runner.invoke(app, ["doctor", "--json"])
+    assert result.exit_code == 0
+    findings = json.loads(result.stdout)
+    assert {row["part"] for row in findings} == {"versions", "device", "threads", "cache", "network", "extras", "weights"}
+    assert {row["state"] for row in findings} <= set(_doctor.STATES)
+    assert all(row["advice"] for row in findings if row["state"] != "ok")
+
+
+def test_doctor_sees_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(_doctor, "_is_writable", lambda _folder: False)
+    with stfm.settings.override(cache_dir=tmp_path / "cache", offline=True, mirror="https://mirror.example"):
+        rows = {(row.part, row.name): row for row in _doctor.examine()}
+    assert rows["cache", "writable"].state == "missing"
+    assert "STFM_CACHE" in rows["cache", "writable"].advice
+    assert rows["network", "offline"].state == "note"
+    assert rows["network", "mirror"].value == "https://mirror.example"
+    assert not (tmp_path / "cache").exists()
+
+
+def test_doctor_lists_cached_weights(tmp_path: Path):
+    (tmp_path / "weights" / "a").mkdir(parents=True)
+    (tmp_path / "weights" / "a" / "model.safetensors").write_bytes(b"")
+    with stfm.settings.override(cache_dir=tmp_path):
+        rows = [row for row in _doctor.examine() if row.part == "weights"]
+    assert [row.name for row in rows] == ["a/model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("no-such.h5ad", "There is no file no-such.h5ad"),
+        ("her2st", "is no slide"),
+        ("toys", "is no slide"),
+        ("mob:one", "Sections of mob are numbers"),
+    ],
+)
+def test_wrong_slide_names(name: str, message: str):
+    with pytest.raises(InputError, match=message):
+        _inputs.open_slide(name)
+
+
+def test_wrong_output_is_refused_before_any_work(tmp_path: Path):
+    with pytest.raises(InputError, match=r"must name a \.h5ad file"):
+        _inputs.check_output(tmp_path / "result.csv", suffix=".h5ad")
+
+
+def test_an_error_is_one_line_on_stderr(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setattr(sys, "argv", ["stfm", "embed", "no-such.h5ad", "--model", "m", "--out", "out.h5ad"])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 1
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.strip() == "stfm: There is no file no-such.h5ad; check the path."
+
+
+def test_ci_and_readme_agree():
+    """``.ci/run`` takes its commands from README.md: every marker that it asks for is there."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    for name in ("install", "demo", "test"):
+        assert f"from_readme {name}" in script
+        line = readme.index(f"<!-- ci:{name} -->")
+        assert readme[line + 1] == "```bash"
