@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeVar, cast
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -41,7 +41,7 @@ def read_ahead(items: Iterable[T], *, depth: int = 2) -> Iterator[T]:
         try:
             while (item := waiting.popleft().result()) is not end:
                 waiting.append(reader.submit(next, iterator, end))
-                yield item  # type: ignore[misc]  (the mark of the end never gets here)
+                yield cast("T", item)
         finally:
             for future in waiting:
                 future.cancel()

@@ -74,9 +74,7 @@ def drop_genes(batch: Batch, share: float, rng: np.random.Generator) -> Batch:
         return batch
     keep = torch.from_numpy((rng.random(counts.shape[1]) >= share).astype(np.float32))
     changed = {
-        name: tensor * keep
-        for name in ("counts", "niche_counts")
-        if (tensor := getattr(batch, name)) is not None
+        name: tensor * keep for name in ("counts", "niche_counts") if (tensor := getattr(batch, name)) is not None
     }
     return replace(batch, **changed)
 
@@ -97,7 +95,7 @@ def augment(batch: Batch, recipe: Recipe, rng: np.random.Generator) -> Batch:
 def thin_counts(slide: Slide, share: float, rng: np.random.Generator) -> Slide:
     """Return the slide with up to ``share`` of its counts dropped at random, as if sequenced less deeply.
 
-    Binomial thinning of Poisson counts gives Poisson counts, so the result is a possible measurement of the same tissue.
+    Binomial thinning of Poisson counts gives Poisson counts, so the result could have been measured.
     """
     from stfm.slide.counts import Counts
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -44,7 +43,9 @@ class Seeds(pl.Callback):
     def __init__(self, seed: int) -> None:
         self.seed = seed
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: TrainingModule, batch: Batch, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int
+    ) -> None:
         """Seed at the first batch (Lightning may leave the epoch's own hook out after a restart)."""
         if batch_idx == 0:
             mixed = np.random.SeedSequence([self.seed, trainer.current_epoch, trainer.global_rank])
@@ -56,13 +57,16 @@ class Journal(pl.Callback):
 
     Parameters
     ----------
+    module
+        What is trained.
     patience
         Epochs without a better validation loss after which the run stops; None never stops.
     keep_best
         Whether to remember the best weights.
     """
 
-    def __init__(self, *, patience: int | None, keep_best: bool) -> None:
+    def __init__(self, module: TrainingModule, *, patience: int | None, keep_best: bool) -> None:
+        self.module = module
         self.patience = patience
         self.keep_best = keep_best
         self.rows: list[dict[str, float]] = []
@@ -72,20 +76,22 @@ class Journal(pl.Callback):
         self._start = 0.0
         self._n_spots = 0
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: TrainingModule) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stop at once when a finished run is resumed."""
         self._stop_if_stale(trainer)
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: TrainingModule, batch: Batch, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int
+    ) -> None:
         """Start the clock of an epoch."""
         if batch_idx == 0:
             self._start, self._n_spots = time.perf_counter(), 0
         self._n_spots += len(batch) * trainer.world_size
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: TrainingModule) -> None:
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Add the row of the epoch; validation ran before this hook."""
         seconds = time.perf_counter() - self._start
-        lr, weight_decay = pl_module.rates(trainer.global_step - 1)
+        lr, weight_decay = self.module.rates(trainer.global_step - 1)
         row: dict[str, float] = {
             "epoch": trainer.current_epoch,
             "step": trainer.global_step,
@@ -94,22 +100,22 @@ class Journal(pl.Callback):
             "seconds": seconds,
             "spots_per_second": self._n_spots / seconds,
         }
-        for phase, meter in pl_module.meters.items():
+        for phase, meter in self.module.meters.items():
             row |= {f"{phase}_{name}": value for name, value in meter.read(trainer).items()}
         self.rows.append(row)
         logger.info("epoch %d: %s", row["epoch"], ", ".join(f"{k} {v:.4g}" for k, v in row.items() if "loss" in k))
         if MONITOR in row:
-            self._compare(row[MONITOR], pl_module)
+            self._compare(row[MONITOR])
             self._stop_if_stale(trainer)
 
-    def _compare(self, loss: float, pl_module: TrainingModule) -> None:
+    def _compare(self, loss: float) -> None:
         if not loss < self.best_loss:
             self.stale += 1
             return
         self.best_loss, self.stale = loss, 0
         if self.keep_best:
-            frozen = {name for name, p in pl_module.model.named_parameters() if not p.requires_grad}
-            state = pl_module.model.state_dict()
+            frozen = {name for name, p in self.module.model.named_parameters() if not p.requires_grad}
+            state = self.module.model.state_dict()
             self.best_weights = {k: v.detach().to("cpu", copy=True) for k, v in state.items() if k not in frozen}
 
     def _stop_if_stale(self, trainer: pl.Trainer) -> None:
@@ -142,7 +148,7 @@ class Checkpoints(pl.Callback):
         self.folder = folder
         self.every = every
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: TrainingModule) -> None:
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the checkpoint."""
         epoch = trainer.current_epoch + 1
         if epoch % self.every and epoch != trainer.max_epochs and not trainer.should_stop:
@@ -150,7 +156,7 @@ class Checkpoints(pl.Callback):
         new = self.folder / f"{LAST}.new"
         trainer.save_checkpoint(new)
         if trainer.is_global_zero:
-            os.replace(new, self.folder / LAST)
+            new.replace(self.folder / LAST)
         trainer.strategy.barrier("stfm-checkpoint")
 
 
@@ -161,7 +167,7 @@ class Bar(pl.Callback):
         self._open = ExitStack()
         self._advance: Callable[[int], None] = lambda _steps: None
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: TrainingModule) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Open the bar."""
         if trainer.is_global_zero and trainer.max_epochs is not None:
             total = int(trainer.num_training_batches) * trainer.max_epochs
@@ -169,15 +175,15 @@ class Bar(pl.Callback):
             self._advance(trainer.current_epoch * int(trainer.num_training_batches))
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: TrainingModule, outputs: Any, batch: Batch, batch_idx: int
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         """Move it by a batch."""
         self._advance(1)
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: TrainingModule) -> None:
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Close the bar."""
         self._open.close()
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: TrainingModule, exception: BaseException) -> None:
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Close the bar."""
         self._open.close()

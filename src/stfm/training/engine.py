@@ -22,7 +22,7 @@ from stfm.models.inputs import SlideInputs
 from stfm.training.callbacks import LAST, Bar, Checkpoints, Journal, Seeds
 from stfm.training.data import SlideData, check_alike
 from stfm.training.module import RUN, TrainingModule
-from stfm.training.tilecache import with_tile_cache
+from stfm.training.tilecache import keep_tiles
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -94,22 +94,22 @@ def fit(
     check_count("devices", devices)
     folder = None if checkpoint_dir is None else Path(checkpoint_dir)
     # Slides are numbered through, so that no two share a slide_id.
-    slides = with_tile_cache([*train, *validation], recipe.cache_gb)
+    slides = [*train, *validation]
     inputs = [SlideInputs(slide, model.inputs, model.vocabulary, slide_id=i) for i, slide in enumerate(slides)]
     check_alike(inputs)
     if fit_inputs:
         model.fit_inputs(inputs[: len(train)])
     run = _run_record(model, train, validation, recipe, seed)
-    start = _checkpoint(resume, folder, run)
+    start = _checkpoint(folder, run, resume=resume)
     if prepare is not None:
         prepare(model, inputs)
+    keep_tiles(inputs, recipe.cache_gb)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-
     data = SlideData(inputs[: len(train)], inputs[len(train) :], recipe, seed=seed)
     total = data.steps_per_epoch(devices) * recipe.epochs
     module = TrainingModule(model, recipe, total_steps=total, slide_names=[s.name for s in slides], run=run)
-    journal = Journal(patience=recipe.patience, keep_best=recipe.keep == "best" and bool(validation))
+    journal = Journal(module, patience=recipe.patience, keep_best=recipe.keep == "best" and bool(validation))
     callbacks: list[pl.Callback] = [Seeds(seed), journal, Bar()]
     if folder is not None:
         callbacks.append(Checkpoints(folder, every=recipe.checkpoint_every))
@@ -184,7 +184,7 @@ def _run_record(
     }
 
 
-def _checkpoint(resume: str | Path | bool | None, folder: Path | None, run: dict[str, Any]) -> Path | None:
+def _checkpoint(folder: Path | None, run: dict[str, Any], *, resume: str | Path | bool | None) -> Path | None:
     """Return the checkpoint to go on from, after checking that it belongs to this run."""
     if resume is None or resume is False:
         return None

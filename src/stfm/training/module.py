@@ -45,7 +45,7 @@ class Meter:
         if not names:
             return {}
         total = torch.stack([*self.sums.values(), torch.as_tensor(self.n_spots).to(self.sums[names[0]])])
-        total = trainer.strategy.reduce(total, reduce_op="sum")  # type: ignore[assignment]
+        total = trainer.strategy.reduce(total, reduce_op="sum")
         self.sums, self.n_spots = {}, 0
         return dict(zip(names, (total[:-1] / total[-1]).tolist(), strict=True))
 
@@ -162,7 +162,11 @@ class TrainingModule(pl.LightningModule):
             shown = batch.index[:_NAMED_SPOTS].tolist()
             spots = ", ".join(map(str, shown)) + (" …" if len(batch) > len(shown) else "")
         inputs = [n for n, t in batch.tensors().items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]
-        cause = f"{', '.join(inputs)} of the batch hold nan" if inputs else "lower lr or clip_grad_norm, or use precision='fp32'"
+        cause = (
+            f"{', '.join(inputs)} of the batch hold nan"
+            if inputs
+            else "lower lr or clip_grad_norm, or use precision='fp32'"
+        )
         return (
             f"The loss is {losses['loss'].item()} ({', '.join(bad)}) in epoch {self.current_epoch}, batch {batch_idx}, "
             f"with spots of slide {slides} at positions {spots}: {cause}. The last checkpoint was kept."

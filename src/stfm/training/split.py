@@ -63,9 +63,10 @@ def split_slides(
     else:
         by = check_choice("validation", validation, _BY)
     if by == "auto":
-        by = _finest(slides)
-        if by is None:
+        finest = _finest(slides)
+        if finest is None:
             return slides, []
+        by = finest
     groups = _groups(slides, by)
     held = _draw(groups, fraction, by, seed)
     train = [s for s, group in zip(slides, groups, strict=True) if group not in held]

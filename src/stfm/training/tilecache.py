@@ -12,10 +12,10 @@ if TYPE_CHECKING:
 
     from numpy.typing import ArrayLike, NDArray
 
-    from stfm.slide.slide import Slide
+    from stfm.models.inputs import SlideInputs
     from stfm.slide.tiles import TileReader
 
-__all__ = ["Budget", "CachedTiles", "with_tile_cache"]
+__all__ = ["Budget", "CachedTiles", "keep_tiles"]
 
 
 class Budget:
@@ -77,7 +77,10 @@ class CachedTiles:
         return self._kept[key]
 
 
-def with_tile_cache(slides: Sequence[Slide], gigabytes: float) -> list[Slide]:
-    """Return the slides with readers that keep what they decode, within ``gigabytes`` for all of them."""
+def keep_tiles(inputs: Sequence[SlideInputs], gigabytes: float) -> None:
+    """Give slides readers that keep what they decode, within ``gigabytes`` for all of them."""
     budget = Budget(gigabytes)
-    return [s if s.tiles is None else replace(s, tiles=CachedTiles(s.tiles, budget)) for s in slides]
+    for one in inputs:
+        if one.slide.tiles is not None:
+            # It reads like a TileReader, which is all that a slide asks of its reader.
+            one.slide = replace(one.slide, tiles=CachedTiles(one.slide.tiles, budget))  # type: ignore[arg-type]
