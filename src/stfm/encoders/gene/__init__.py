@@ -1,0 +1,1 @@
+"""Gene encoders: log-normalised counts in, one vector a spot out."""

@@ -1,0 +1,105 @@
+"""Principal components of the training slides: a frozen gene encoder that needs no pretraining."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from stfm._errors import InputError
+from stfm.encoders.base import GeneEncoder
+from stfm.encoders.gene.scaling import GeneScaler
+
+if TYPE_CHECKING:
+    from stfm.encoders.spec import EncoderSpec
+
+OVERSAMPLING = 16
+ITERATIONS = 10
+
+
+class PrincipalComponents(nn.Module):
+    """Scores on principal components of log-normalised counts.
+
+    Where genes were not measured, the scores are those that explain the measured ones best (ridge, its strength the
+    share of genes that is missing), instead of taking absent genes for zeros. Before :meth:`fit` the components are
+    random directions.
+
+    Parameters
+    ----------
+    n_genes, n_components
+        G and the width of the result.
+    standardise
+        Of the genes, as in :class:`GeneScaler`.
+    whiten
+        Give every score unit variance on the training spots.
+    """
+
+    components: Tensor
+    deviation: Tensor
+
+    def __init__(self, n_genes: int, n_components: int, *, standardise: str = "centre", whiten: bool = True) -> None:
+        super().__init__()
+        self.scaler = GeneScaler(n_genes, standardise)
+        self.whiten = whiten
+        self.register_buffer("components", torch.randn(n_components, n_genes) / n_genes**0.5)
+        self.register_buffer("deviation", torch.ones(n_components))
+
+    def fit(self, x: Tensor, mask: Tensor | None = None) -> None:
+        """Compute the components of ``x``, ``(n, G)``; deterministic."""
+        if len(x) < 2:
+            msg = f"The 'pca' gene encoder needs at least two training spots, got {len(x)}."
+            raise InputError(msg)
+        self.scaler.fit(x, mask)
+        z = self.scaler(x, mask)
+        rank = min(len(self.components), min(z.shape) - 1)
+        scores_std, directions = _subspace(z, rank)
+        self.components.zero_()
+        self.components[:rank] = directions
+        self.deviation.fill_(1.0)
+        if self.whiten:
+            self.deviation[:rank] = scores_std.clamp_min(1e-6)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Return ``(b, n_components)``."""
+        z = self.scaler(x, mask)
+        projected: Tensor = z @ self.components.T
+        if mask is None or bool(mask.all()):
+            return projected / self.deviation
+        panels, which = torch.unique(mask, dim=0, return_inverse=True)
+        scores = torch.empty_like(projected)
+        for i, panel in enumerate(panels):  # one small system a panel, that is a slide
+            rows = which == i
+            scores[rows] = self._restricted(projected[rows], panel)
+        return scores / self.deviation
+
+    def _restricted(self, projected: Tensor, panel: Tensor) -> Tensor:
+        """Solve ``(Vᵀ V + λ) s = Vᵀ z`` on the measured genes."""
+        v = self.components * panel
+        missing = 1.0 - panel.to(projected.dtype).mean()
+        empty = (self.components.square().sum(dim=1) == 0).to(projected.dtype)  # components beyond the rank
+        gram = (v @ v.T).to(projected.dtype) + torch.diag(missing.clamp_min(1e-6) + empty)
+        solved: Tensor = torch.linalg.solve(gram.float(), projected.T.float())
+        return solved.T.to(projected.dtype)
+
+
+def _subspace(z: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return deviations of the scores and the leading right singular vectors, by seeded subspace iteration."""
+    size = min(rank + OVERSAMPLING, *z.shape)
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.randn(z.shape[1], size, generator=generator).to(z)
+    for _ in range(ITERATIONS):
+        basis, _r = torch.linalg.qr(z.T @ (z @ basis))
+    _, singular, directions = torch.linalg.svd(z @ basis, full_matrices=False)
+    vectors = (basis @ directions.T).T[:rank]
+    # A sign that does not depend on the solver: the largest loading is positive.
+    largest = vectors.gather(1, vectors.abs().argmax(dim=1, keepdim=True))
+    return singular[:rank] / len(z) ** 0.5, vectors * largest.sign()
+
+
+def pca(
+    spec: EncoderSpec, *, n_genes: int, width: int = 64, standardise: str = "centre", whiten: bool = True
+) -> GeneEncoder:
+    """Build the encoder; options as in :class:`PrincipalComponents`. It is to be fitted before use."""
+    backbone = PrincipalComponents(n_genes, width, standardise=standardise, whiten=whiten)
+    return GeneEncoder(spec, backbone, width=width, n_genes=n_genes)

@@ -1,0 +1,213 @@
+"""scGPT: a Transformer over gene tokens, parameters named as in its published checkpoints."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stfm._errors import DataIntegrityError, InputError, MissingKeyError
+from stfm.encoders.base import GeneEncoder
+from stfm.nn.transformer import TransformerEncoder
+
+if TYPE_CHECKING:
+    from stfm.encoders.spec import EncoderSpec
+    from stfm.slide.genes import Vocabulary
+
+SPECIALS = ("<pad>", "<cls>", "<eoc>")
+# Parts of a checkpoint that pretraining needs and embedding does not.
+HEADS = ("decoder.", "cls_decoder.", "mvc_decoder.", "sim.", "creterion_cce.", "dsbn.", "bn.", "flag_encoder.")
+
+
+class GeneEmbedding(nn.Module):
+    """Embedding of gene ids, normalised."""
+
+    def __init__(self, n_ids: int, width: int, pad: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(n_ids, width, padding_idx=pad)
+        self.enc_norm = nn.LayerNorm(width)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Return ``(b, t, d)``."""
+        return self.enc_norm(self.embedding(ids))  # type: ignore[no-any-return]
+
+
+class ValueEncoder(nn.Module):
+    """Embedding of a binned value as a number (scGPT's "continuous" style)."""
+
+    def __init__(self, width: int, dropout: float, largest: float = 512.0) -> None:
+        super().__init__()
+        self.largest = largest
+        self.linear1 = nn.Linear(1, width)
+        self.linear2 = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, values: Tensor) -> Tensor:
+        """Return ``(b, t, d)``."""
+        x = values.unsqueeze(-1).clamp(max=self.largest)
+        return self.dropout(self.norm(self.linear2(F.relu(self.linear1(x)))))  # type: ignore[no-any-return]
+
+
+class ScGPT(nn.Module):
+    """Cell embedding of scGPT: ``<cls>`` and the expressed genes with binned values, L2-normalised.
+
+    Two steps differ from its code so that a spot has one embedding: of more than ``max_length - 1`` expressed genes
+    the highest are kept (there: a random sample), and a value on the edge of bins goes to the upper one (there: drawn).
+
+    Parameters
+    ----------
+    n_genes
+        G of the model that uses the encoder; :meth:`bind` finds each gene's id.
+    vocab
+        JSON file of symbols and ids (``vocab.json`` of a checkpoint). Without it ids are given in the order of the
+        model's genes, which fits random weights only.
+    n_ids
+        Number of ids, special tokens included.
+    width, depth, heads, hidden, dropout
+        Of the Transformer.
+    n_bins, max_length, pad_value
+        Of the input.
+    """
+
+    gene_ids: Tensor
+    special_ids: Tensor
+
+    def __init__(
+        self,
+        n_genes: int,
+        *,
+        vocab: str | None,
+        n_ids: int,
+        width: int,
+        depth: int,
+        heads: int,
+        hidden: int,
+        dropout: float,
+        n_bins: int,
+        max_length: int,
+        pad_value: float,
+    ) -> None:
+        super().__init__()
+        if vocab is None and n_genes + len(SPECIALS) > n_ids:
+            msg = f"{n_genes} genes do not fit in {n_ids} ids; give scGPT's vocabulary file (option 'vocab') or n_ids."
+            raise InputError(msg)
+        self.n_bins, self.max_length, self.pad_value = n_bins, max_length, pad_value
+        self.vocab = vocab
+        self.pad, self.cls = n_ids - len(SPECIALS), n_ids - len(SPECIALS) + 1
+        self.encoder = GeneEmbedding(n_ids, width, self.pad)
+        self.value_encoder = ValueEncoder(width, dropout)
+        self.transformer_encoder = TransformerEncoder(
+            width, heads, hidden, depth, dropout=dropout, norm_first=False, activation="relu"
+        )
+        self.register_buffer("gene_ids", torch.arange(n_genes))
+        self.register_buffer("special_ids", torch.tensor([self.pad, self.cls]))
+
+    def bind(self, vocabulary: Vocabulary) -> None:
+        """Look up the id of every gene of the model; genes that scGPT does not know are left out."""
+        if self.vocab is None:
+            return
+        table = _read_vocab(self.vocab)
+        n_ids = self.encoder.embedding.num_embeddings
+        specials = [table.get(name, n_ids - len(SPECIALS) + i) for i, name in enumerate(SPECIALS[:2])]
+        if max(table.values()) >= n_ids:
+            msg = f"{self.vocab} has ids up to {max(table.values())}, the encoder {n_ids}; set option n_ids."
+            raise InputError(msg)
+        upper = {name.upper(): number for name, number in table.items()}
+        ids = [upper.get(str(name).upper(), -1) for name in vocabulary.names]
+        self.gene_ids.copy_(torch.tensor(ids))
+        self.special_ids.copy_(torch.tensor(specials))
+
+    def convert_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return a checkpoint without its heads, flash-attention names as PyTorch's; gene ids stay our own."""
+        out = {}
+        for key, value in state.items():
+            if key.startswith(HEADS):
+                continue
+            for name in ("self_attn._impl.Wqkv.", "self_attn.Wqkv."):
+                key = key.replace(name, "self_attn.in_proj_")
+            out[key] = value
+        return {**out, "gene_ids": self.gene_ids, "special_ids": self.special_ids}
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Return ``(b, width)``, rows of length 1."""
+        known = self.gene_ids >= 0
+        x = x * known if mask is None else x * (known & mask)
+        bins = bin_values(x, self.n_bins)
+        n_kept = min(self.max_length - 1, x.shape[1], max(1, int((x > 0).sum(dim=1).max())))
+        top = x.topk(n_kept, dim=1)
+        padding = top.values <= 0
+        ids = self.gene_ids[top.indices].masked_fill(padding, 0)
+        ids = torch.where(padding, self.special_ids[0], ids)
+        values = bins.gather(1, top.indices).masked_fill(padding, self.pad_value)
+        cls = self.special_ids[1].expand(len(x), 1)
+        tokens = self.encoder(torch.cat([cls, ids], dim=1))
+        tokens = tokens + self.value_encoder(F.pad(values, (1, 0), value=self.pad_value).to(tokens.dtype))
+        out = self.transformer_encoder(tokens, F.pad(padding, (1, 0), value=False))
+        return F.normalize(out[:, 0], dim=-1)
+
+
+def bin_values(x: Tensor, n_bins: int) -> Tensor:
+    """Return the bin of every value among the non-zero values of its row: 0 for zero, else 1 to ``n_bins - 1``.
+
+    Edges are the quantiles of the row's non-zero values, so that depth does not matter.
+    """
+    n_genes = x.shape[1]
+    ordered = torch.where(x > 0, x, torch.inf).sort(dim=1).values  # non-zero values first, ascending
+    n_positive = (x > 0).sum(dim=1, keepdim=True)
+    at = torch.linspace(0, 1, n_bins - 1, device=x.device) * (n_positive - 1).clamp_min(0)
+    low = at.floor().long().clamp(max=n_genes - 1)
+    high = torch.minimum(at.ceil().long(), (n_positive - 1).clamp_min(0))
+    lower, upper = ordered.gather(1, low), ordered.gather(1, high)
+    edges = torch.where(torch.isfinite(upper), lower + (upper - lower) * (at - low), torch.inf)
+    bins = torch.searchsorted(edges.to(x.dtype).contiguous(), x.contiguous(), right=True)
+    return torch.where(x > 0, bins, 0).to(x.dtype)
+
+
+def _read_vocab(path: str) -> dict[str, int]:
+    file = Path(path).expanduser()
+    if not file.is_file():
+        msg = f"There is no vocabulary file {file}."
+        raise MissingKeyError(msg)
+    try:
+        table = json.loads(file.read_text(encoding="utf-8"))
+        return {str(name): int(number) for name, number in table.items()}
+    except (ValueError, AttributeError, TypeError) as error:
+        msg = f"{file} is no table of gene symbols and ids ({error})."
+        raise DataIntegrityError(msg) from error
+
+
+def scgpt(
+    spec: EncoderSpec,
+    *,
+    n_genes: int,
+    vocab: str | None = None,
+    n_ids: int = 60697,
+    width: int = 512,
+    depth: int = 12,
+    heads: int = 8,
+    hidden: int = 512,
+    dropout: float = 0.2,
+    n_bins: int = 51,
+    max_length: int = 1200,
+    pad_value: float = -2.0,
+) -> GeneEncoder:
+    """Build scGPT's encoder; options as in :class:`ScGPT`."""
+    backbone = ScGPT(
+        n_genes,
+        vocab=vocab,
+        n_ids=n_ids,
+        width=width,
+        depth=depth,
+        heads=heads,
+        hidden=hidden,
+        dropout=dropout,
+        n_bins=n_bins,
+        max_length=max_length,
+        pad_value=pad_value,
+    )
+    return GeneEncoder(spec, backbone, width=width, n_genes=n_genes)

@@ -1,0 +1,1 @@
+"""Image encoders: tiles in, one vector a tile out."""

@@ -1,0 +1,146 @@
+"""Encoders in the slots of a model: which one, how used, from which weights."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from stfm._errors import InputError, StfmWarning, WrongTypeError
+from stfm.encoders.build import build_encoder
+from stfm.encoders.registry import ENCODERS
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from stfm.encoders.base import Encoder, GeneEncoder, ImageEncoder
+    from stfm.models.inputs import SlideInputs
+    from stfm.slide.genes import Vocabulary
+
+#: what is estimated from training slides looks at no more than this
+MAX_FIT_SPOTS = 20_000
+MAX_FIT_VALUES = 100_000_000
+
+
+@dataclass(frozen=True)
+class EncoderChoice:
+    """What stands in a slot.
+
+    Parameters
+    ----------
+    name
+        Name of :func:`stfm.encoders.list_encoders`.
+    mode
+        ``"full"``, ``"frozen"`` or ``"lora"``; None takes the encoder's own.
+    weights
+        File of a checkpoint in the published layout; read when the model is made, not when it is loaded.
+    options
+        Arguments of the encoder's family.
+    lora_rank
+        Rank of the low-rank additions.
+    """
+
+    name: str
+    mode: str | None = None
+    weights: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    lora_rank: int = 8
+
+    @property
+    def modality(self) -> str:
+        """``"image"`` or ``"gene"``."""
+        return ENCODERS.get(self.name).modality
+
+    @property
+    def used_as(self) -> str:
+        """The mode, resolved."""
+        return self.mode or ENCODERS.get(self.name).mode
+
+
+def as_choice(slot: str, value: Any, modality: str) -> EncoderChoice | None:
+    """Return a choice from a name, a mapping (of JSON), a choice or None; the modality must fit the slot."""
+    if value is None:
+        return None
+    if isinstance(value, str):
+        value = EncoderChoice(value)
+    elif isinstance(value, Mapping):
+        value = EncoderChoice(**value)
+    if not isinstance(value, EncoderChoice):
+        msg = f"{slot} takes the name of an encoder or an EncoderChoice, got {type(value).__name__}."
+        raise WrongTypeError(msg)
+    if value.modality != modality:
+        msg = f"{slot} takes a {modality} encoder, and {value.name!r} reads {value.modality}s."
+        raise InputError(msg)
+    return value
+
+
+def build_image(choice: EncoderChoice, *, pretrained: bool) -> ImageEncoder:
+    """Return the image encoder of a slot."""
+    return _build(choice, None, pretrained=pretrained)  # type: ignore[return-value]
+
+
+def build_gene(choice: EncoderChoice, vocabulary: Vocabulary | None, *, pretrained: bool) -> GeneEncoder:
+    """Return the gene encoder of a slot, told which genes it will see."""
+    if vocabulary is None:
+        msg = (
+            f"Gene encoder {choice.name!r} needs a vocabulary: create(name, vocabulary), for example of "
+            "Vocabulary.from_panels([slide.panel])."
+        )
+        raise InputError(msg)
+    encoder: GeneEncoder = _build(choice, vocabulary, pretrained=pretrained)  # type: ignore[assignment]
+    return encoder.bind(vocabulary) if pretrained else encoder
+
+
+def _build(choice: EncoderChoice, vocabulary: Vocabulary | None, *, pretrained: bool) -> Encoder:
+    if pretrained and choice.weights is None and ENCODERS.get(choice.name).source == "published":
+        msg = (
+            f"Encoder {choice.name!r} starts from random weights: its published checkpoint is not part of stfm. "
+            f"Give your own copy with EncoderChoice({choice.name!r}, weights='file.safetensors')."
+        )
+        warnings.warn(msg, StfmWarning, stacklevel=6)
+    return build_encoder(
+        choice.name,
+        n_genes=None if vocabulary is None else len(vocabulary),
+        mode=choice.mode,
+        weights=choice.weights if pretrained else None,
+        options=choice.options,
+        lora_rank=choice.lora_rank,
+    )
+
+
+def fit_gene_encoder(encoder: GeneEncoder, slides: Sequence[SlideInputs], *, niche: bool) -> None:
+    """Fit scales and components on the spots (or niches) of the training slides, evenly sampled.
+
+    Parameters
+    ----------
+    encoder
+        Encoder of the slot; nothing happens where it takes nothing from data.
+    slides
+        Training slides; those without counts are left out.
+    niche
+        Take the niche's mean counts instead of the spot's.
+    """
+    slides = [s for s in slides if s.has_gene]
+    if not encoder.needs_fit or not slides:
+        return
+    most = max(2, min(MAX_FIT_SPOTS, MAX_FIT_VALUES // encoder.n_genes))
+    share = min(1.0, most / max(1, sum(s.n_obs for s in slides)))
+    rng = np.random.default_rng(0)
+    values: list[Tensor] = []
+    masks: list[Tensor] = []
+    for slide in slides:
+        size = min(slide.n_obs, max(2, int(share * slide.n_obs)))
+        index = np.sort(rng.choice(slide.n_obs, size=size, replace=False)).astype(np.int64)
+        dense = slide.niche_expression(index) if niche else slide.expression(index)
+        values.append(torch.from_numpy(dense))
+        measured = np.ones(encoder.n_genes, dtype=bool) if slide.match is None else slide.match.mask
+        masks.append(torch.from_numpy(np.asarray(measured, dtype=bool)).expand(size, -1))
+    mask = torch.cat(masks)
+    device = next(encoder.buffers()).device
+    encoder.fit(torch.cat(values).to(device), None if bool(mask.all()) else mask.to(device))
