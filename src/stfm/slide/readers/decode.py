@@ -97,7 +97,7 @@ def _pillow_bands(image: Any, path: Path) -> Iterator[NDArray[np.uint8]]:
     mode = "RGBA" if "A" in image.mode or "transparency" in image.info else "RGB"
     for top in range(0, image.height, BLOCK_PX):
         band = image.crop((0, top, image.width, min(top + BLOCK_PX, image.height)))
-        yield to_rgb(np.asarray(band.convert(mode)), what=f"image {str(path)!r}")
+        yield to_rgb(np.asarray(band if band.mode == mode else band.convert(mode)), what=f"image {str(path)!r}")
 
 
 def _bands(pixels: NDArray[np.uint8]) -> Iterator[NDArray[np.uint8]]:

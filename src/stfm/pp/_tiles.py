@@ -1,0 +1,295 @@
+"""``pp.tile``: which image and which tile sizes belong to the spots of a slide."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from anndata import AnnData
+
+from stfm._errors import InputError, MissingKeyError, StfmWarning, WrongTypeError
+from stfm._keys import SPATIAL, TILES, UNS
+from stfm._logging import get_logger
+from stfm._provenance import record
+from stfm._validate import check_count, check_positive, did_you_mean
+from stfm.pp._tissue import share_on_tissue, tissue_mask
+from stfm.slide.from_anndata import Library, coordinates, find_image, libraries, scale_of, target, tile_record
+from stfm.slide.readers import keep_array, open_image, thumbnail
+from stfm.slide.tiles import TileReader
+from stfm.slide.units import Scale, default_tile_um
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+_SWAP_GAIN = 0.15  # so many more of the spots lie on tissue with x and y exchanged
+_SWAP_MIN_SPOTS = 10
+
+
+def tile(
+    adata: AnnData,
+    image: Any = None,
+    *,
+    library_key: str | None = None,
+    spatial_key: str = SPATIAL,
+    image_key: str | None = None,
+    image_scale: float = 1.0,
+    mpp: float | Mapping[str, float] | None = None,
+    platform: str | None = None,
+    spot_um: float | None = None,
+    spot_px: int = 28,
+    niche_um: float | None = None,
+    niche_px: int = 224,
+    copy: bool = False,
+) -> AnnData | None:
+    """Lay a spot tile and a niche tile around every spot, by physical size.
+
+    Nothing is cut: what is recorded says where the image is, how large a px is and how large the tiles are, and tiles are read
+    from it batch by batch when a model asks. Tiles that go over the border of the image are padded with white and counted.
+
+    Parameters
+    ----------
+    adata
+        Spots with coordinates. Views are made objects of their own, backed objects stay on disk.
+    image
+        H&E: array ``(h, w, 3)``, zarr, path of a zarr, TIFF, PNG or JPEG, or a mapping from library to one of these. By default
+        the image in ``uns["spatial"][library]["images"]``, ``hires`` before ``lowres``.
+    library_key
+        Column of ``obs`` that names the library of a spot.
+    spatial_key
+        Entry of ``obsm`` with the coordinates, x and y in px of the full-resolution image.
+    image_key
+        Which image of ``uns["spatial"]`` to take, such as ``"lowres"``.
+    image_scale
+        px of ``image`` per px of the full-resolution image that the coordinates are given in.
+    mpp
+        µm per px of the full-resolution image, or a mapping from library to it. By default it is found
+        (:func:`stfm.slide.units.resolve_mpp`): where the spots lie on a regular lattice its pitch decides.
+    platform
+        Row of the platform table, such as ``"Visium"`` or ``"ST"``; by default from the metadata or the lattice.
+    spot_um, niche_um
+        Sides of the tiles in µm. By default the diameter of a spot, and the square that holds the spot and its niche:
+        twice the pitch and one diameter (Visium 55 and 255 µm, ST 100 and 500 µm).
+    spot_px, niche_px
+        Sides in px of what a model sees.
+    copy
+        Return a new object instead of writing to ``adata``.
+
+    Returns
+    -------
+    None, or the new object when ``copy=True``. Written is ``uns["stfm"]["tiles"][library]``, a dict of plain values:
+
+    ``image``, ``path``, ``image_key``, ``image_scale``, ``image_shape``, ``fingerprint``
+        Where the image is (``"file"`` or ``"uns"``), its px per full-resolution px, its height and width and a hash of it.
+    ``mpp``, ``mpp_source``, ``native_mpp``, ``platform``
+        µm per px of the full-resolution image and what says so; µm per px of the image that is read.
+    ``spot_um``, ``spot_px``, ``niche_um``, ``niche_px``
+        The sides of the tiles.
+    ``n_tiles``, ``n_spot_padded``, ``n_niche_padded``
+        Number of spots, and of tiles over the border.
+
+    Raises
+    ------
+    MissingKeyError
+        No coordinates; no image for a library.
+    InputError
+        No spots, coordinates off the image, µm/px not known (names ``mpp=``), an argument out of range.
+    DataIntegrityError
+        The image file is damaged or cut short.
+
+    Warns
+    -----
+    StfmWarning
+        Lattice and ``spot_diameter_fullres`` contradict each other; more spots lie on tissue with x and y exchanged.
+    """
+    if not isinstance(adata, AnnData):
+        msg = f"adata must be AnnData, got {type(adata).__name__}."
+        raise WrongTypeError(msg)
+    sizes = {"spot_um": spot_um, "spot_px": spot_px, "niche_um": niche_um, "niche_px": niche_px}
+    _check_arguments(sizes, image_scale)
+    coords = coordinates(adata, spatial_key)
+    found = libraries(adata, library_key)
+    _check_names(found, image=image, mpp=mpp)
+    plain = AnnData(obs=adata.obs, uns={"spatial": adata.uns.get("spatial", {})})  # without earlier records of tiles
+    records = {}
+    for library in found:
+        own_image, own_mpp = _of(image, library.name), _of(mpp, library.name)
+        earlier = tile_record(adata, library.name)
+        own_scale = image_scale
+        if own_image is None and image_key is None and "path" in earlier:
+            own_image, own_scale = Path(earlier["path"]), float(earlier.get("image_scale", 1.0))
+        if own_mpp is None and earlier.get("mpp_source") == "argument" and platform is None:
+            own_mpp = float(earlier["mpp"])
+        picture, picture_scale = _picture(plain, library, own_image, image_key, own_scale)
+        reader, scale = _reader(plain, library, coords, picture, picture_scale, own_mpp, platform)
+        _check_position(reader, library.name)
+        records[library.name] = _describe(library, reader, scale, sizes, picture, own_image, image_key, plain)
+    written = target(adata, copy=copy)
+    own = dict(written.uns.get(UNS, {}))
+    written.uns[UNS] = {**own, TILES: {**own.get(TILES, {}), **records}}
+    return written if copy else None
+
+
+def _check_arguments(sizes: Mapping[str, float | None], image_scale: float) -> None:
+    for name, value in sizes.items():
+        if name.endswith("_px"):
+            check_count(name, value)  # type: ignore[arg-type]
+        elif value is not None:
+            check_positive(name, value)
+    check_positive("image_scale", image_scale)
+
+
+def _check_names(found: list[Library], **arguments: Any) -> None:
+    names = [library.name for library in found]
+    for argument, value in arguments.items():
+        for name in value if isinstance(value, Mapping) else ():
+            if name not in names:
+                msg = f"{argument}= names a library {name!r} that adata does not have. {did_you_mean(str(name), names)}"
+                raise MissingKeyError(msg)
+
+
+def _of(value: Any, library: str) -> Any:
+    return value.get(library) if isinstance(value, Mapping) else value
+
+
+def _picture(
+    plain: AnnData, library: Library, image: Any, image_key: str | None, image_scale: float
+) -> tuple[Any, float]:
+    """Return the image of a library and its px per full-resolution px."""
+    if image is not None:
+        return image, image_scale
+    found = find_image(plain, library, image_key=image_key)
+    if found is None:
+        msg = (
+            f"Library {library.name!r} has no image: uns['spatial'][{library.name!r}]['images'] is missing or empty. "
+            f"Give one with image= (a path or an array; for several libraries image={{{library.name!r}: ...}})."
+        )
+        raise MissingKeyError(msg)
+    return found
+
+
+def _reader(
+    plain: AnnData,
+    library: Library,
+    coords: NDArray[np.float64],
+    picture: Any,
+    image_scale: float,
+    mpp: float | None,
+    platform: str | None,
+) -> tuple[TileReader, Scale]:
+    """Open the image and find µm/px."""
+    source = open_image(picture)
+    scale = scale_of(plain, library, coords, mpp=mpp, platform=platform)
+    if scale is None and source.mpp is not None:
+        scale = Scale(source.mpp * image_scale, "metadata", "none", None, None, platform)
+    if scale is None:
+        msg = (
+            f"Library {library.name!r}: µm/px is not known (no metadata, no spot_diameter_fullres, no regular lattice of a "
+            'known platform). Pass mpp= (µm per full-resolution px), or platform= (such as "Visium" or "ST").'
+        )
+        raise InputError(msg)
+    return TileReader(source, coords[library.rows, :2], scale.mpp, image_scale=image_scale), scale
+
+
+def _check_position(reader: TileReader, library: str) -> None:
+    """Refuse spots off the image; warn where x and y seem to be exchanged."""
+    height, width = reader.source.shape
+    exchanged = reader.centers[:, ::-1]
+    outside = reader.outside()
+    if outside.any():
+        low, high = reader.centers.min(axis=0), reader.centers.max(axis=0)
+        msg = (
+            f"Library {library!r}: {int(outside.sum())} of {reader.n_obs} spots lie off the image (x {low[0]:.0f} to "
+            f"{high[0]:.0f}, y {low[1]:.0f} to {high[1]:.0f} px on {width} x {height} px). Is this the image that the "
+            "coordinates belong to, and at this resolution (image_scale=, tissue_*_scalef)?"
+        )
+        if ((exchanged >= 0) & (exchanged < (width, height))).all():
+            msg += " With x and y exchanged all lie on it: adata.obsm['spatial'] must be (x, y), not (row, column)."
+        raise InputError(msg)
+    if reader.n_obs < _SWAP_MIN_SPOTS:
+        return
+    picture, factor = thumbnail(reader.source)
+    mask = tissue_mask(picture)
+    if mask is None:
+        return
+    as_given = share_on_tissue(mask, reader.centers * factor)
+    as_exchanged = share_on_tissue(mask, exchanged * factor)
+    if as_exchanged > as_given + _SWAP_GAIN:
+        msg = (
+            f"Library {library!r}: {as_given:.0%} of the spots lie on tissue, {as_exchanged:.0%} with x and y exchanged; "
+            "adata.obsm['spatial'] must be (x, y), not (row, column). If so: "
+            "adata.obsm['spatial'] = adata.obsm['spatial'][:, ::-1]."
+        )
+        warnings.warn(msg, StfmWarning, stacklevel=3)
+
+
+def _describe(
+    library: Library,
+    reader: TileReader,
+    scale: Scale,
+    sizes: Mapping[str, Any],
+    picture: Any,
+    image: Any,
+    image_key: str | None,
+    plain: AnnData,
+) -> dict[str, Any]:
+    """Return the record of one library, plain values only."""
+    spot_um, niche_um = sizes["spot_um"], sizes["niche_um"]
+    if spot_um is None or niche_um is None:
+        default = default_tile_um(scale)
+        spot_um, niche_um = spot_um or default[0], niche_um or default[1]
+    path, key = _where(library, picture, image, image_key, plain)
+    n_spot, n_niche = int(reader.padded(spot_um).sum()), int(reader.padded(niche_um).sum())
+    get_logger("pp").info(
+        "library %s: %.3f µm/px by %s; %d spot and %d niche tiles of %d go over the border and are padded with white",
+        library.name,
+        scale.mpp,
+        scale.source,
+        n_spot,
+        n_niche,
+        reader.n_obs,
+    )
+    return record(
+        {
+            "image": "uns" if path is None else "file",
+            "path": path,
+            "image_key": key,
+            "image_scale": reader.image_scale,
+            "image_shape": np.array(reader.source.shape),
+            "fingerprint": reader.source.fingerprint(),
+            "mpp": scale.mpp,
+            "mpp_source": scale.source,
+            "native_mpp": reader.native_mpp,
+            "platform": scale.platform,
+            "spot_um": float(spot_um),
+            "spot_px": sizes["spot_px"],
+            "niche_um": float(niche_um),
+            "niche_px": sizes["niche_px"],
+            "n_tiles": reader.n_obs,
+            "n_spot_padded": n_spot,
+            "n_niche_padded": n_niche,
+        }
+    )
+
+
+def _where(
+    library: Library, picture: Any, image: Any, image_key: str | None, plain: AnnData
+) -> tuple[Path | None, str | None]:
+    """Return the file of an image, or its key in ``uns``; an array that is only in memory is kept on disk first."""
+    if isinstance(picture, (str, Path)):
+        return Path(picture).expanduser().resolve(), None
+    if image is None:
+        images = plain.uns["spatial"][library.name]["images"]
+        return None, image_key or next(k for k in ("hires", "lowres") if k in images)
+    if type(picture).__module__.partition(".")[0] == "zarr":
+        folder = Path(str(picture.store_path).removeprefix("file://"))
+        if not folder.exists():
+            msg = f"The zarr image of library {library.name!r} is not in a local folder; give the path of one."
+            raise InputError(msg)
+        return folder.resolve(), None
+    if not (hasattr(picture, "__array__") or hasattr(picture, "__array_interface__")):
+        msg = f"image= of type {type(picture).__name__} cannot be found again later; give an array or a path."
+        raise WrongTypeError(msg)
+    return keep_array(picture), None
