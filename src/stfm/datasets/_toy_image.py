@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +31,8 @@ from stfm.datasets._toy_tissue import (
 #: side of a pixel of the maps of lumens, fat cells and vessels, in µm
 FINE = 2.0
 _STRIP = 256
+#: the grain of cytoplasm is kept in bytes, this many steps a standard deviation
+_GRAIN = 36.0
 _ANGLES = 16
 _VARIANTS = 3
 
@@ -113,33 +116,44 @@ def _stamp(rng: np.random.Generator, kind: str, angle: float, scale: float, mpp:
     return (density * body * np.clip(chromatin, 0.2, 2.0)).astype(np.float32)
 
 
-def draw_nuclei(rng: np.random.Generator, cells: Cells, shape: tuple[int, int], mpp: float) -> Array:
-    """Haematoxylin of all nuclei, float32 ``shape``; overlapping nuclei add up, as light absorption does."""
-    pad = int(np.ceil(16 / mpp)) + 2
-    plane = np.zeros((shape[0] + 2 * pad, shape[1] + 2 * pad), dtype=np.float32)
-    flat = plane.reshape(-1)
-    centre = np.rint(cells.yx_um / mpp).astype(np.int64) + pad
-    inside = ((centre >= pad) & (centre < np.array(shape) + pad)).all(axis=1)
-    turn = np.floor((cells.angle % np.pi) / np.pi * _ANGLES).astype(np.int64) % _ANGLES
-    variant = rng.integers(0, _VARIANTS, len(turn))
-    group = (cells.kind.astype(np.int64) * _ANGLES + turn) * _VARIANTS + variant
-    group[~inside] = -1
-    order = np.argsort(group, kind="stable")
-    starts = np.searchsorted(group[order], np.arange(len(CELL_TYPES) * _ANGLES * _VARIANTS + 1))
-    for index in np.unique(group[group >= 0]):
-        kind, turned = index // (_ANGLES * _VARIANTS), (index // _VARIANTS) % _ANGLES
-        spread = 0.17 if CELL_TYPES[kind] == "tumor" else 0.09
-        stamp = _stamp(rng, CELL_TYPES[kind], turned * np.pi / _ANGLES, float(np.exp(rng.normal(0, spread))), mpp)
-        members = order[starts[index] : starts[index + 1]]
-        half = stamp.shape[0] // 2
-        window = (np.arange(-half, half + 1)[:, None] * plane.shape[1] + np.arange(-half, half + 1)).ravel()
-        depth = rng.uniform(0.72, 1.12, len(members)).astype(np.float32)  # how deep in the section it lies
-        for first in range(0, len(members), 4096):
-            some = members[first : first + 4096]
-            base = centre[some, 0] * plane.shape[1] + centre[some, 1]
-            values = depth[first : first + 4096, None] * stamp.ravel()
-            np.add.at(flat, (base[:, None] + window).ravel(), values.ravel())
-    return plane[pad : pad + shape[0], pad : pad + shape[1]]
+class _Nuclei:
+    """Haematoxylin of all nuclei; overlapping ones add up, as light absorption does. Drawn some rows at a time."""
+
+    def __init__(self, rng: np.random.Generator, cells: Cells, shape: tuple[int, int], mpp: float) -> None:
+        self._pad = int(np.ceil(18 / mpp)) + 3
+        self._width = shape[1] + 2 * self._pad
+        centre = np.rint(cells.yx_um / mpp).astype(np.int64) + self._pad
+        turn = np.floor((cells.angle % np.pi) / np.pi * _ANGLES).astype(np.int64) % _ANGLES
+        variant = rng.integers(0, _VARIANTS, len(turn))
+        group = (cells.kind.astype(np.int64) * _ANGLES + turn) * _VARIANTS + variant
+        depth = rng.uniform(0.72, 1.12, len(turn)).astype(np.float32)  # how deep in the section a nucleus lies
+        inside = ((centre >= self._pad) & (centre < np.array(shape) + self._pad)).all(axis=1)
+        order = np.flatnonzero(inside)[np.lexsort((centre[inside, 0], group[inside]))]
+        self._centre, self._group, self._depth = centre[order], group[order], depth[order]
+        self._stamps = {int(index): self._draw(rng, int(index), mpp) for index in np.unique(self._group)}
+
+    @staticmethod
+    def _draw(rng: np.random.Generator, index: int, mpp: float) -> Array:
+        kind = CELL_TYPES[index // (_ANGLES * _VARIANTS)]
+        angle = (index // _VARIANTS) % _ANGLES * np.pi / _ANGLES
+        return _stamp(rng, kind, angle, float(np.exp(rng.normal(0, 0.17 if kind == "tumor" else 0.09))), mpp)
+
+    def rows(self, top: int, bottom: int) -> Array:
+        """Return rows ``top`` to ``bottom`` of the picture."""
+        plane = np.zeros((bottom - top + 2 * self._pad, self._width), dtype=np.float32)
+        flat = plane.reshape(-1)
+        near = np.flatnonzero((self._centre[:, 0] >= top) & (self._centre[:, 0] < bottom + 2 * self._pad))
+        for members in np.split(near, np.flatnonzero(np.diff(self._group[near])) + 1):
+            if len(members) == 0:
+                continue
+            stamp = self._stamps[int(self._group[members[0]])]
+            half = stamp.shape[0] // 2
+            row = self._centre[members, 0] - top
+            members = members[(row >= half) & (row < plane.shape[0] - half)]
+            window = (np.arange(-half, half + 1)[:, None] * self._width + np.arange(-half, half + 1)).ravel()
+            base = (self._centre[members, 0] - top) * self._width + self._centre[members, 1]
+            np.add.at(flat, (base[:, None] + window).ravel(), (self._depth[members, None] * stamp.ravel()).ravel())
+        return plane[self._pad : -self._pad, self._pad : -self._pad]
 
 
 # ------------------------------------------------------------------------------- lumens, fat cells and vessels
@@ -187,43 +201,44 @@ def _draw_vessels(rng: np.random.Generator, tissue: Tissue, maps: dict[str, Arra
         maps["wall"][window] = np.maximum(maps["wall"][window], wall)
 
 
-def _draw_fat(rng: np.random.Generator, tissue: Tissue, maps: dict[str, Array]) -> None:
+def _draw_fat(tissue: Tissue, maps: dict[str, Array]) -> None:
     """Fat cells: Voronoi cells with rounded corners and thin membranes."""
-    from stfm.datasets._toy_tissue import hex_points
-
-    rows, columns = np.nonzero(tissue.labels == ADIPOSE)
-    if len(rows) == 0:
+    rows, columns = np.nonzero(ndimage.binary_dilation(tissue.labels == ADIPOSE, iterations=2))
+    if len(rows) == 0 or len(tissue.fat) < 3:
         return
     per = int(STEP / FINE)
     sub = np.arange(per)
     fine_rows = (rows[:, None, None] * per + sub[None, :, None]).repeat(per, axis=2).ravel()
     fine_columns = (columns[:, None, None] * per + sub[None, None, :]).repeat(per, axis=1).ravel()
-    keep = (fine_rows < maps["clear"].shape[0]) & (fine_columns < maps["clear"].shape[1])
+    keep = (fine_rows < maps["fat"].shape[0]) & (fine_columns < maps["fat"].shape[1])
     fine_rows, fine_columns = fine_rows[keep], fine_columns[keep]
-    centres = hex_points(rng, tissue.size_um, 260.0, 0.2)
     places = (np.column_stack([fine_rows, fine_columns]) + 0.5) * FINE
-    distance, _ = cKDTree(centres).query(places, k=3)
+    distance, _ = cKDTree(tissue.fat).query(places, k=3)
     to_edge = (distance[:, 1] - distance[:, 0]) / 2 - np.exp(-(distance[:, 2] - distance[:, 1]) / 5.0) * 3.0
-    maps["clear"][fine_rows, fine_columns] = _smoothstep(to_edge.astype(np.float32), 0.9, 2.6)
+    maps["fat"][fine_rows, fine_columns] = _smoothstep(to_edge.astype(np.float32), 0.6, 2.2)
 
 
-def fine_maps(rng: np.random.Generator, tissue: Tissue) -> dict[str, Array]:
-    """Draw lumens (``clear``), gland cytoplasm, vessel walls and blood on the 2-µm grid."""
+def fine_maps(rng: np.random.Generator, tissue: Tissue) -> dict[str, NDArray[np.uint8]]:
+    """Draw lumens (``clear``), fat, gland cytoplasm, vessel walls and blood on the 2-µm grid, as bytes."""
     shape = (int(np.ceil(tissue.size_um[0] / FINE)), int(np.ceil(tissue.size_um[1] / FINE)))
     maps = {name: np.zeros(shape, dtype=np.float32) for name in ("clear", "epithelium", "wall", "blood")}
-    _draw_fat(rng, tissue, maps)
     _draw_vessels(rng, tissue, maps)
     _draw_glands(rng, tissue, maps)
+    bytes_ = {name: np.rint(255 * maps.pop(name)).astype(np.uint8) for name in tuple(maps)}
+    maps["fat"] = np.zeros(shape, dtype=np.float32)
+    _draw_fat(tissue, maps)
+    bytes_["fat"] = np.rint(255 * maps.pop("fat")).astype(np.uint8)
     grain = ndimage.gaussian_filter(rng.standard_normal(shape, dtype=np.float32), 0.9)
-    maps["grain"] = grain / max(float(grain.std()), 1e-6)
-    return maps
+    grain *= _GRAIN / max(float(grain.std()), 1e-6)
+    bytes_["grain"] = np.rint(grain + 128.0).clip(0, 255).astype(np.uint8)
+    return bytes_
 
 
 # ------------------------------------------------------------------------------------------------ the picture
 
 
 def _coarse_maps(rng: np.random.Generator, tissue: Tissue) -> dict[str, Array]:
-    labels = ndimage.grey_dilation(tissue.labels, size=5)  # carry the domains over the border of the tissue
+    labels = ndimage.grey_dilation(tissue.labels, size=(5, 5))  # carry the domains over the border of the tissue
     labels = np.where(tissue.labels >= 0, tissue.labels, labels)
     groups = {
         "tumor": [TUMOR, HYPOXIC], "hypoxic": [HYPOXIC], "stroma": [STROMA, GLANDS], "sclerosis": [SCLEROSIS],
@@ -242,9 +257,9 @@ def _coarse_maps(rng: np.random.Generator, tissue: Tissue) -> dict[str, Array]:
 
 
 def render(rng: np.random.Generator, tissue: Tissue, cells: Cells, stain: Stain, mpp: float) -> NDArray[np.uint8]:
-    """Picture of a section, uint8 ``(height, width, 3)`` at ``mpp`` µm/px."""
+    """Picture of a section, uint8 ``(height, width, 3)`` at ``mpp`` µm/px; a strip at a time, so that memory is small."""
     shape = (round(tissue.size_um[0] / mpp), round(tissue.size_um[1] / mpp))
-    nuclei = draw_nuclei(rng, cells, shape, mpp)
+    nuclei = _Nuclei(rng, cells, shape, mpp)
     coarse = {name: Image.fromarray(values) for name, values in _coarse_maps(rng, tissue).items()}
     fine = {name: Image.fromarray(values) for name, values in fine_maps(rng, tissue).items()}
     radius = float(np.sqrt(max((tissue.labels >= 0).sum(), 1) / np.pi)) * STEP
@@ -252,13 +267,15 @@ def render(rng: np.random.Generator, tissue: Tissue, cells: Cells, stain: Stain,
     for top in range(0, shape[0], _STRIP):
         bottom = min(shape[0], top + _STRIP)
         maps = {name: _enlarge(picture, STEP, mpp, top, bottom, shape[1]) for name, picture in coarse.items()}
-        maps |= {name: _enlarge(picture, FINE, mpp, top, bottom, shape[1]) for name, picture in fine.items()}
+        for name, picture in fine.items():
+            values = _enlarge(picture, FINE, mpp, top, bottom, shape[1]).astype(np.float32)
+            maps[name] = (values - 128.0) / np.float32(_GRAIN) if name == "grain" else values / np.float32(255.0)
         noise = rng.standard_normal((bottom - top, shape[1]), dtype=np.float32)
-        image[top:bottom] = _strip(maps, nuclei[top:bottom], noise, stain, radius)
+        image[top:bottom] = _strip(maps, nuclei.rows(top, bottom), noise, stain, radius)
     return image
 
 
-def _enlarge(picture: Image.Image, step: float, mpp: float, top: int, bottom: int, width: int) -> Array:
+def _enlarge(picture: Image.Image, step: float, mpp: float, top: int, bottom: int, width: int) -> NDArray[Any]:
     scale = mpp / step
     box = (0.0, top * scale, min(width * scale, picture.width), min(bottom * scale, picture.height))
     return np.asarray(picture.resize((width, bottom - top), Image.Resampling.BILINEAR, box=box))
@@ -305,5 +322,6 @@ def _densities(maps: dict[str, Array]) -> tuple[Array, Array, Array]:
     haematoxylin = haematoxylin * (1.0 - epithelium) + epithelium * (0.17 + 0.04 * grain)
     eosin = eosin + 0.35 * maps["wall"]
     crack = _smoothstep(-(0.72 * waves + 0.28 * fine_waves) + 0.22 * mottle, 0.86, 1.12) * fibrous
-    clear = np.maximum(maps["clear"], 0.85 * crack * (1.0 - epithelium) * (1.0 - np.clip(maps["wall"], 0, 1)))
+    fat = maps["fat"] * _smoothstep(maps["adipose"], 0.35, 0.6)
+    clear = np.maximum(np.maximum(maps["clear"], fat), 0.85 * crack * (1.0 - epithelium) * (1.0 - np.clip(maps["wall"], 0, 1)))
     return haematoxylin, np.maximum(eosin, 0.0), clear

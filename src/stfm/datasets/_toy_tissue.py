@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage
+from scipy.spatial import cKDTree
 
 from stfm.datasets._toy_genes import MARKERS
 
@@ -30,7 +31,8 @@ _MIX: dict[str, dict[str, float]] = {
         "plasma cell": 0.06,
     },
     "lymphoid": {
-        "T cell": 0.47, "B cell": 0.36, "plasma cell": 0.06, "macrophage": 0.06, "endothelium": 0.03, "fibroblast": 0.02,
+        "T cell": 0.47, "B cell": 0.36, "plasma cell": 0.06, "macrophage": 0.06, "endothelium": 0.03,
+        "fibroblast": 0.02,
     },
     "adipose": {"adipocyte": 0.62, "endothelium": 0.15, "fibroblast": 0.13, "macrophage": 0.1},
 }  # fmt: skip
@@ -61,6 +63,8 @@ class Tissue:
         ``(n, 3)``: y, x, radius.
     follicles
         ``(n, 3)``: y, x, radius of the lymphoid aggregates.
+    fat
+        ``(n, 2)``: y, x of the middles of fat cells.
     """
 
     size_um: tuple[float, float]
@@ -70,6 +74,7 @@ class Tissue:
     glands: NDArray[np.float64]
     vessels: NDArray[np.float64]
     follicles: NDArray[np.float64]
+    fat: NDArray[np.float64]
 
     def at(self, values: NDArray, yx_um: NDArray[np.float64]) -> NDArray:
         """Values of a map at positions (y, x)."""
@@ -174,8 +179,9 @@ def lay_out(rng: np.random.Generator, size_um: tuple[float, float], outline: Arr
         "cycle": np.where(tumor, 0.8, -0.3).astype(np.float32) + 0.5 * smooth_map(rng, shape, 0.8 * length),
     }
     maps["hypoxia"] = ndimage.gaussian_filter(maps["hypoxia"], 30.0 / STEP) + 0.2 * smooth_map(rng, shape, length)
-    tissue = Tissue(size_um, outline, labels, maps, np.zeros((0, 5)), np.zeros((0, 3)), follicles)
-    return Tissue(size_um, outline, labels, maps, _place_glands(rng, tissue), _place_vessels(rng, tissue), follicles)
+    fat = hex_points(rng, size_um, 260.0, 0.2)
+    bare = Tissue(size_um, outline, labels, maps, np.zeros((0, 5)), np.zeros((0, 3)), follicles, fat)
+    return replace(bare, glands=_place_glands(rng, bare), vessels=_place_vessels(rng, bare))
 
 
 def _place_follicles(
@@ -222,8 +228,6 @@ def gland_radius(phase: NDArray | float, theta: NDArray) -> NDArray:
 
 def in_glands(tissue: Tissue, yx_um: NDArray[np.float64]) -> NDArray[np.bool_]:
     """Whether positions lie inside a gland."""
-    from scipy.spatial import cKDTree
-
     if len(tissue.glands) == 0 or len(yx_um) == 0:
         return np.zeros(len(yx_um), dtype=bool)
     distance, nearest = cKDTree(tissue.glands[:, :2]).query(yx_um, distance_upper_bound=90.0)
@@ -250,10 +254,23 @@ def place_cells(rng: np.random.Generator, tissue: Tissue) -> Cells:
         angle = np.where(
             spindle, tissue.at(along, points) + rng.normal(0, 0.25, len(points)), rng.uniform(0, np.pi, len(points))
         )
+        if domain == ADIPOSE:
+            points, angle = _to_membranes(tissue, points)
         parts.append((points, kind, angle))
     points, kind, angle = (np.concatenate([part[i] for part in parts]) for i in range(3))
     size = rng.lognormal(0.0, 0.35, len(points)).astype(np.float32)
     return Cells(points, kind.astype(np.int8), size, angle.astype(np.float32))
+
+
+def _to_membranes(tissue: Tissue, points: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Move nuclei to the membrane between the two nearest fat cells, and lay them along it."""
+    if len(points) == 0 or len(tissue.fat) < 2:
+        return points, np.zeros(len(points))
+    distance, nearest = cKDTree(tissue.fat).query(points, k=2)
+    across = tissue.fat[nearest[:, 1]] - tissue.fat[nearest[:, 0]]
+    length = np.maximum(np.hypot(across[:, 0], across[:, 1]), 1e-9)
+    step = (distance[:, 1] ** 2 - distance[:, 0] ** 2) / (2 * length**2)
+    return points + step[:, None] * across, np.arctan2(-across[:, 1], across[:, 0])
 
 
 def _kinds(rng: np.random.Generator, tissue: Tissue, domain: int, points: NDArray[np.float64]) -> NDArray[np.int64]:
