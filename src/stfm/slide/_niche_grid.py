@@ -1,0 +1,242 @@
+"""Exact neighbours in the plane through a uniform grid: for points that fill their area evenly."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stfm.slide._niche_kernels import Rule, insert, njit, reach, write_row
+from stfm.slide._threads import edges, run
+
+_CROWDED = 1.5  # times the points meant for a cell: beyond this a grid is the wrong tool
+
+
+@njit
+def cell_of(v: float, low: float, inverse: float, n: int) -> int:
+    """Cell number of a coordinate along one axis."""
+    c = int((v - low) * inverse)
+    return min(max(c, 0), n - 1)
+
+
+@njit
+def count_cells(
+    coords: NDArray[np.float64],
+    geometry: NDArray[np.float64],
+    shape: NDArray[np.int64],
+    lo: int,
+    hi: int,
+    cells: NDArray[np.int32],
+    counts: NDArray[np.int32],
+) -> None:
+    """Cell of each point and how many each cell holds (counted one place up, ready to be summed)."""
+    for p in range(lo, hi):
+        cx = cell_of(coords[p, 0], geometry[0], geometry[3], shape[0])
+        cy = cell_of(coords[p, 1], geometry[1], geometry[3], shape[1])
+        c = cy * shape[0] + cx
+        cells[p] = c
+        counts[c] += 1
+
+
+@njit
+def starts_of(counts: NDArray[np.int32], starts: NDArray[np.int32]) -> tuple[int, int]:
+    """Sum the counts into starts, per cell and thread; return the sum of squares and how many cells hold one point."""
+    total = np.int32(0)
+    crowd = 0
+    alone = 0
+    for c in range(counts.shape[1]):
+        starts[c] = total
+        here = 0
+        for t in range(counts.shape[0]):
+            n = counts[t, c]
+            counts[t, c] = total
+            total += n
+            here += n
+        crowd += here * here
+        alone += here == 1
+    starts[counts.shape[1]] = total
+    return crowd, alone
+
+
+@njit
+def scatter(
+    coords: NDArray[np.float64],
+    lo: int,
+    hi: int,
+    cells: NDArray[np.int32],
+    places: NDArray[np.int32],
+    points: NDArray[np.float64],
+    ids: NDArray[np.int32],
+) -> None:
+    """Move the points to their place in the order of the cells."""
+    for p in range(lo, hi):
+        c = cells[p]
+        q = places[c]
+        places[c] = q + 1
+        points[q, 0] = coords[p, 0]
+        points[q, 1] = coords[p, 1]
+        ids[q] = p
+
+
+@njit
+def query(
+    points: NDArray[np.float64],
+    ids: NDArray[np.int32],
+    starts: NDArray[np.int32],
+    geometry: NDArray[np.float64],
+    shape: NDArray[np.int64],
+    queue: NDArray[np.int32],
+    capacity: int,
+    k: int,
+    limit2: float,
+    tolerance: float,
+    keep_all: np.bool_,
+    index: NDArray[np.int32],
+    distance: NDArray[np.float32],
+    short: NDArray[np.bool_],
+) -> None:
+    """Niches of the queued points (positions in cell order), written into the rows of their ids."""
+    d2s = np.empty(capacity)
+    found = np.empty(capacity, np.int32)
+    x0, y0, h, inverse = geometry[0], geometry[1], geometry[2], geometry[3]
+    nx, ny = shape[0], shape[1]
+    slack = 1e-6 * h  # a point may lie a rounding error outside the cell it was counted in
+    for p in queue:
+        x, y = points[p, 0], points[p, 1]
+        cx = cell_of(x, x0, inverse, nx)
+        cy = cell_of(y, y0, inverse, ny)
+        m = 0
+        r = 1
+        while True:
+            left, right = max(cx - r, 0), min(cx + r, nx - 1)
+            low, high = max(cy - r, 0), min(cy + r, ny - 1)
+            for row in range(low, high + 1):
+                # the first look takes the whole 3 x 3 block, later ones only the ring around what was seen
+                whole = r == 1 or row == cy - r or row == cy + r
+                parts = 1 if whole else 2
+                for part in range(parts):
+                    if whole:
+                        a, b = left, right
+                    elif part == 0:
+                        a, b = cx - r, cx - r
+                        if a < 0:
+                            continue
+                    else:
+                        a, b = cx + r, cx + r
+                        if a >= nx:
+                            continue
+                    for q in range(starts[row * nx + a], starts[row * nx + b + 1]):
+                        dx = points[q, 0] - x
+                        dy = points[q, 1] - y
+                        d2 = dx * dx + dy * dy
+                        if q == p or d2 > limit2:
+                            continue
+                        if m == capacity and (d2 > d2s[m - 1] or (d2 == d2s[m - 1] and ids[q] > found[m - 1])):
+                            continue
+                        m = insert(d2s, found, m, d2, ids[q])
+            seen = np.inf  # nothing nearer than this is still unseen
+            if left > 0:
+                seen = min(seen, x - (x0 + left * h))
+            if right < nx - 1:
+                seen = min(seen, x0 + (right + 1) * h - x)
+            if low > 0:
+                seen = min(seen, y - (y0 + low * h))
+            if high < ny - 1:
+                seen = min(seen, y0 + (high + 1) * h - y)
+            seen = max(seen - slack, 0.0)
+            if seen * seen > reach(d2s, m, k, tolerance, limit2) or seen == np.inf:
+                break
+            r += 1
+        i = ids[p]
+        if not write_row(d2s, found, m, k, tolerance, keep_all, index[i], distance[i]):
+            short[p] = True
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Points of the plane in the order of the cells of a uniform grid (geometry: x0, y0, side, 1 / side)."""
+
+    points: NDArray[np.float64]
+    ids: NDArray[np.int32]
+    starts: NDArray[np.int32]
+    geometry: NDArray[np.float64]
+    shape: NDArray[np.int64]
+
+    @classmethod
+    def build(cls, coords: NDArray[np.float64], k: int, threads: int) -> Grid | None:
+        """Return the grid, or None where the points are spread so unevenly that it would be slow."""
+        n = len(coords)
+        low = np.array([coords[:, 0].min(), coords[:, 1].min()])
+        span = np.array([coords[:, 0].max(), coords[:, 1].max()]) - low
+        if span.min() <= span.max() / n:
+            return None  # all on one line
+        per_cell = max(2.0, 0.3 * k)
+        h = math.sqrt(span[0] * span[1] * per_cell / n)
+        threads = 1 if n < 2**16 else min(threads, 4)  # each counts in a table of its own
+        cells = np.empty(n, np.int32)
+        borders = edges(n, threads)
+        for _ in range(2):
+            shape = np.ceil(span / h).astype(np.int64)
+            if shape.prod() > 4 * n + 64:
+                return None
+            geometry = np.array([low[0], low[1], h, 1.0 / h])
+            counts = np.zeros((threads, int(shape.prod())), np.int32)
+
+            def count(t: int, _: int, g: NDArray[np.float64] = geometry, s: NDArray[np.int64] = shape) -> None:
+                count_cells(coords, g, s, borders[t], borders[t + 1], cells, counts[t])  # noqa: B023
+
+            run(count, threads, threads, inline=2)
+            starts = np.empty(counts.shape[1] + 1, np.int32)
+            crowd, alone = starts_of(counts, starts)
+            mates = crowd / n - 1.0  # others in the cell of a point: per_cell where points are spread at random
+            if mates <= _CROWDED * per_cell:
+                break
+            h *= math.sqrt(per_cell / mates)  # the tissue fills a part of its frame only
+        if mates > _CROWDED * per_cell or alone > n // 2:
+            return None
+        points, ids = np.empty((n, 2)), np.empty(n, np.int32)
+
+        def move(t: int, _: int) -> None:
+            scatter(coords, borders[t], borders[t + 1], cells, counts[t], points, ids)
+
+        run(move, threads, threads, inline=2)
+        return cls(points, ids, starts, geometry, shape)
+
+    def blocks(self, positions: NDArray[np.int32]) -> NDArray[np.int32]:
+        """Return the units of work that answer for the points at some positions: here the positions."""
+        return positions
+
+    def positions(self, blocks: NDArray[np.int32]) -> NDArray[np.int32]:
+        """Return the positions that some units of work answer for."""
+        return blocks
+
+    @property
+    def n_blocks(self) -> int:
+        """Number of units of work."""
+        return len(self.ids)
+
+    def query(
+        self,
+        blocks: NDArray[np.int32],
+        capacity: int,
+        rule: Rule,
+        index: NDArray[np.int32],
+        distance: NDArray[np.float32],
+        short: NDArray[np.bool_],
+    ) -> None:
+        """Write the niches of some points into the rows of their ids; mark positions where `capacity` was too small."""
+        query(
+            self.points,
+            self.ids,
+            self.starts,
+            self.geometry,
+            self.shape,
+            blocks,
+            capacity,
+            *rule,
+            index,
+            distance,
+            short,
+        )
