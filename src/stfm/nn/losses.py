@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
@@ -104,24 +104,25 @@ def contrastive_loss(
     if query.shape != key.shape or query.ndim != 2:
         msg = f"query and key must be (n, d) of one shape, got {tuple(query.shape)} and {tuple(key.shape)}."
         raise InputError(msg)
-    if normalise:
-        query, key = F.normalize(query, dim=-1), F.normalize(key, dim=-1)
-    if gather:
-        (all_query, all_key), first = gather_rows(query, key)
-    else:
-        all_query, all_key, first = query, key, 0
-    positive = torch.arange(len(query), device=query.device) + first
-    loss = _one_way(scale * query @ all_key.T, positive, denominator, excluded)  # type: ignore[union-attr]
-    if not symmetric:
-        return loss
-    back = _one_way(scale * key @ all_query.T, positive, denominator, excluded)  # type: ignore[union-attr]
-    return (loss + back) / 2
+    with torch.autocast(query.device.type, enabled=False):  # sums of exponentials need 32 bits
+        query, key = (t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for t in (query, key))
+        if normalise:
+            query, key = F.normalize(query, dim=-1), F.normalize(key, dim=-1)
+        all_query, all_key, first = _candidates(query, key) if gather else (query, key, 0)
+        positive = torch.arange(len(query), device=query.device) + first
+        loss = _one_way(scale * query @ all_key.T, positive, denominator, excluded)
+        if symmetric:
+            loss = (loss + _one_way(scale * key @ all_query.T, positive, denominator, excluded)) / 2
+    return loss
+
+
+def _candidates(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, int]:
+    (all_query, all_key), first = gather_rows(query, key)
+    return cast("Tensor", all_query), cast("Tensor", all_key), first
 
 
 def _one_way(logits: Tensor, positive: Tensor, denominator: str, excluded: Tensor | None) -> Tensor:
     """Return the mean over queries of ``-log(exp(s⁺ / τ) / Σ exp(s / τ))``."""
-    # Under mixed precision the sum of exponentials needs 32 bits.
-    logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
     is_positive = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, positive[:, None], value=True)
     if excluded is not None:
         logits = logits.masked_fill(excluded & ~is_positive, -math.inf)

@@ -113,9 +113,11 @@ class ScGPT(nn.Module):
             return
         table = _read_vocab(self.vocab)
         n_ids = self.encoder.embedding.num_embeddings
-        specials = [table.get(name, n_ids - len(SPECIALS) + i) for i, name in enumerate(SPECIALS[:2])]
-        if max(table.values()) >= n_ids:
-            msg = f"{self.vocab} has ids up to {max(table.values())}, the encoder {n_ids}; set option n_ids."
+        # A table without special tokens gets them at its end, as scGPT's own code does.
+        specials = [table.get(name, len(table) + i) for i, name in enumerate(SPECIALS[:2])]
+        largest = max(*specials, *table.values())
+        if largest >= n_ids:
+            msg = f"{self.vocab} has ids up to {largest}, the encoder {n_ids} ids; set option n_ids."
             raise InputError(msg)
         upper = {name.upper(): number for name, number in table.items()}
         ids = [upper.get(str(name).upper(), -1) for name in vocabulary.names]

@@ -42,19 +42,20 @@ class HandcraftedFeatures(nn.Module):
         if min(rgb.shape[-2:]) < 8:
             msg = f"tiles must be at least 8 px wide, got {tuple(rgb.shape[-2:])}."
             raise InputError(msg)
-        density = -torch.log10((rgb * 255 + 1) / 256)
-        stains = torch.einsum("bchw,cs->bshw", density, self.unmix)
-        grey = rgb.mean(dim=1, keepdim=True)
-        return torch.cat(
-            [
+        dtype = rgb.dtype
+        with torch.autocast(rgb.device.type, enabled=False):  # differences of optical densities need 32 bits
+            rgb = rgb.float()
+            density = -torch.log10((rgb * 255 + 1) / 256)
+            stains = torch.einsum("bchw,cs->bshw", density, self.unmix.float())
+            grey = rgb.mean(dim=1, keepdim=True)
+            parts = [
                 self._colour(rgb, density, grey, stains),
                 self._gradients(stains[:, :2]),
                 self._texture(torch.cat([stains[:, :1], grey], dim=1)),
                 self._relations(rgb, stains),
                 self._layout(stains, grey, density),
-            ],
-            dim=1,
-        )
+            ]
+        return torch.cat(parts, dim=1).to(dtype)
 
     def _colour(self, rgb: Tensor, density: Tensor, grey: Tensor, stains: Tensor) -> Tensor:
         total = density.mean(dim=1, keepdim=True)
