@@ -1,0 +1,201 @@
+"""``tl.train``."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from stfm._errors import InputError, WrongTypeError
+from stfm._keys import SPATIAL
+from stfm._validate import resolve_rng
+from stfm.inference.features import use_frozen_features
+from stfm.models.base import Model
+from stfm.models.registry import create, load
+from stfm.slide.read import as_slides
+from stfm.training.engine import fit, resolve_precision
+from stfm.training.genes import make_vocabulary
+from stfm.training.recipes import resolve_recipe
+from stfm.training.split import split_slides
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    import numpy as np
+
+    from stfm.models.inputs import SlideInputs
+    from stfm.slide.slide import Slide
+    from stfm.training.genes import Genes
+    from stfm.training.recipes import Recipe
+    from stfm.training.split import Validation
+
+_MIN_SPOTS = 4
+_SEEDS = 2**31
+
+
+def train(
+    data: Any,
+    model: str | Model | Any = "st-align-small",
+    *,
+    config: Mapping[str, Any] | None = None,
+    genes: Genes = 2000,
+    recipe: Recipe | str | None = None,
+    epochs: int | None = None,
+    batch_size: int | None = None,
+    lr: float | None = None,
+    patience: int | None = None,
+    precision: str | None = None,
+    validation: Validation = "auto",
+    library_key: str | None = None,
+    patient_key: str | None = None,
+    spatial_key: str = SPATIAL,
+    layer: str | None = None,
+    image: Any = None,
+    mpp: float | Mapping[str, float] | None = None,
+    init: Model | str | Path | None = None,
+    cache_features: bool = True,
+    checkpoint_dir: str | Path | None = None,
+    resume: str | Path | bool | None = None,
+    accelerator: str = "auto",
+    devices: int = 1,
+    rng: int | np.random.Generator | None = 0,
+) -> Model:
+    """Train a model on slides that have H&E and counts.
+
+    Learning rate and weight decay follow cosines, the former after a linear warm-up (paper, section 4.1). Features of
+    frozen image encoders are computed once and kept on disk; tiles are kept in memory as far as the recipe allows. With
+    several devices batch norm is synchronized, and the negatives of a contrastive loss are those of the same device;
+    gradient accumulation does not add negatives either.
+
+    Parameters
+    ----------
+    data
+        AnnData (one library or many), the path of an ``.h5ad`` file, a Slide, or a list of these.
+    model
+        Name of :func:`stfm.models.list_models`, a configuration, or a model (a copy of it is trained further).
+    config
+        Fields of the configuration to change, for example ``{"lambda1": 0.5}``.
+    genes
+        What a new model reads: a number of the most variable genes of the training slides, ``"all"``, or their names.
+    recipe
+        :class:`stfm.training.recipes.Recipe`, or a preset's name (``"recommended"``, ``"paper"``, ``"small"``,
+        ``"tiny"``, ``"contrastive"``); the one that fits the model by default.
+    epochs, batch_size, lr, patience, precision
+        Changes to the recipe: passes over the data, spots in a batch and device, highest learning rate, epochs without
+        a better validation loss after which to stop, ``"auto"``, ``"fp32"`` or ``"bf16"``.
+    validation
+        What is held out to choose the best epoch: ``"patient"``, ``"section"``, ``"auto"`` (patients if two are known,
+        else sections if there are two, else nothing), a share of them, a list of slides or patients, or None.
+    library_key
+        Column of ``obs`` that names the library of a spot; found when there is only one candidate.
+    patient_key
+        Column of ``obs`` that names the patient; ``"patient"`` when it is there.
+    spatial_key
+        Entry of ``obsm`` with the coordinates.
+    layer
+        Layer with raw counts; None takes ``X``.
+    image
+        H&E where it is neither in ``uns`` nor recorded by :func:`stfm.pp.tile`; or a mapping from library to it.
+    mpp
+        µm per px of the full-resolution image, where it is not to be found; or a mapping from library to it.
+    init
+        Saved model (or its folder) whose weights, configuration and genes to start from, instead of ``model``.
+    cache_features
+        Whether to keep the features of frozen image encoders on disk.
+    checkpoint_dir
+        Folder for ``last.ckpt``, written after each epoch.
+    resume
+        Checkpoint (or its folder) to go on from with otherwise the same call; True takes the one of
+        ``checkpoint_dir`` if there is one, so that the same command starts a run and continues it after a kill.
+    accelerator
+        ``"auto"``, ``"cpu"``, ``"gpu"`` or ``"mps"``.
+    devices
+        Number of devices.
+    rng
+        Seed or generator of weights, split, order, augmentation and dropout.
+
+    Returns
+    -------
+    The trained model in evaluation mode: ``history`` (DataFrame, a row an epoch: losses of training and validation,
+    learning rate, weight decay, seconds, spots a second), ``seen`` (studies, slides, patients, recipe); ``save`` it
+    with ``model.save(folder)``.
+
+    Raises
+    ------
+    InputError
+        Data that cannot be trained on, a split that leaves nothing, or a checkpoint of another run.
+    StfmError
+        The loss became nan; the message names the batch, the last checkpoint stays.
+
+    Examples
+    --------
+    >>> import stfm as sf
+    >>> adata = sf.datasets.toy(n_spots=60, n_patients=2)
+    >>> model = sf.tl.train(adata, "st-align-tiny", epochs=1)
+    >>> list(model.history["epoch"])
+    [0]
+    """
+    seed = int(rng) if isinstance(rng, int) else int(resolve_rng(rng).integers(_SEEDS))
+    slides = as_slides(
+        data, library_key=library_key, spatial_key=spatial_key, layer=layer, image=image, mpp=mpp,
+        patient_key=patient_key,
+    )  # fmt: skip
+    start, name = _start(model, init, config)
+    plan = resolve_recipe(
+        recipe, name, epochs=epochs, batch_size=batch_size, lr=lr, patience=patience, precision=precision
+    )
+    kept, held = split_slides(slides, validation, fraction=plan.validation_fraction, seed=seed)
+    _check_size(kept)
+    made = start if start is not None else _create(model, kept, genes, config, seed)
+
+    def prepare(one: Model, inputs: Sequence[SlideInputs]) -> None:
+        device = "cpu" if accelerator == "cpu" else "auto"
+        use_frozen_features(one, inputs, device=device, cache=cache_features)
+
+    return fit(
+        made,
+        kept,
+        plan.replace(precision=resolve_precision(plan.precision, accelerator)),
+        validation=held,
+        prepare=prepare,
+        fit_inputs=made.history is None,
+        resume=resume,
+        checkpoint_dir=checkpoint_dir,
+        seed=seed,
+        accelerator=accelerator,
+        devices=devices,
+    )
+
+
+def _start(model: Any, init: Model | str | Path | None, config: Mapping[str, Any] | None) -> tuple[Model | None, str]:
+    """Return the model to go on from, if there is one, and the name by which a recipe is found."""
+    source = init if init is not None else model if isinstance(model, Model) else None
+    if source is None:
+        return None, model if isinstance(model, str) else ""
+    if config:
+        msg = "config= changes a new model; a model to go on from keeps the configuration that it has."
+        raise InputError(msg)
+    if isinstance(source, Model):
+        return copy.deepcopy(source), source.family
+    if not isinstance(source, (str, Path)):
+        msg = f"init must be a model or the folder of a saved one, got {type(source).__name__}."
+        raise WrongTypeError(msg)
+    loaded = load(source)
+    return loaded, loaded.family
+
+
+def _create(model: Any, slides: Sequence[Slide], genes: Genes, config: Mapping[str, Any] | None, seed: int) -> Model:
+    """Make a new model; the user's random numbers are left alone."""
+    vocabulary = make_vocabulary(slides, genes)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return create(model, vocabulary, **(config or {}))
+
+
+def _check_size(slides: Sequence[Slide]) -> None:
+    total = sum(s.n_obs for s in slides)
+    if total < _MIN_SPOTS:
+        msg = f"There are {total} spots to train on; a model needs at least {_MIN_SPOTS}, and learns from thousands."
+        raise InputError(msg)
