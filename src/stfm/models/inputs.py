@@ -172,20 +172,30 @@ class SlideInputs:
 
     def niche_expression(self, indices: NDArray[np.int64]) -> NDArray[np.float32]:
         """Return the same of the mean counts of each spot's niche (ST-Align, eq. 2)."""
+        if self._on_vocabulary is not None and self.slide.counts is not None:
+            counts, totals, table, rows = self._on_vocabulary, self.slide.counts.totals(), self.niches, indices
+        else:
+            counts, totals, table, rows = self._touched(indices)
+        neighbours = table.index[rows]
+        present = neighbours >= 0
+        sums = np.where(present, totals[neighbours], 0.0).sum(axis=1)
+        # A spot without neighbours is its own niche, in niche_mean as here.
+        mean_total = np.where(present.any(axis=1), sums / np.maximum(present.sum(axis=1), 1), totals[rows])
+        scaled: NDArray[np.float32] = log_normalise(niche_mean(counts, table, rows), mean_total)
+        return scaled
+
+    def _touched(
+        self, indices: NDArray[np.int64]
+    ) -> tuple[sparse.csr_matrix, NDArray[np.float32], NicheTable, NDArray[np.int64]]:
+        """Read only the rows that some niches touch: counts, totals, their niche table, positions of ``indices``."""
         table = self.niches
-        # Only the rows that the niches touch are read: a backed slide never comes into memory whole.
         neighbours = table.index[indices]
         members = np.unique(np.concatenate([neighbours[neighbours >= 0].ravel(), indices]))
         counts, totals = self._counts_of(members)
-        local = np.where(neighbours >= 0, np.searchsorted(members, neighbours), -1).astype(np.int32)
-        empty = (local < 0).all(axis=1)
-        if empty.any():  # a spot without neighbours is its own niche
-            local[empty, 0] = np.searchsorted(members, indices[empty])
-        mean = niche_mean(counts, NicheTable(local, table.distance[indices]))
-        present = local >= 0
-        mean_total = np.where(present, totals[local], 0.0).sum(axis=1) / present.sum(axis=1)
-        scaled: NDArray[np.float32] = log_normalise(mean, mean_total)
-        return scaled
+        rows = np.searchsorted(members, indices)
+        local = np.full((len(members), table.k), -1, dtype=np.int32)
+        local[rows] = np.where(neighbours >= 0, np.searchsorted(members, neighbours), -1)
+        return counts, totals, NicheTable(local, np.zeros(local.shape, dtype=np.float32)), rows
 
     def _counts_of(self, indices: NDArray[np.int64]) -> tuple[sparse.csr_matrix, NDArray[np.float32]]:
         if self.slide.counts is None or self.match is None:
