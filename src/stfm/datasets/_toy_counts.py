@@ -99,9 +99,7 @@ def draw_counts(
         expected *= (amount[rows] * scale)[:, None]
         expected *= rng.gamma(_SIZE, 1.0 / _SIZE, expected.shape)
         parts.append(sparse.csr_matrix(rng.poisson(expected).astype(np.float32)))
-    return (
-        sparse.csr_matrix(sparse.vstack(parts)) if parts else sparse.csr_matrix((0, len(plan.names)), dtype=np.float32)
-    )
+    return sparse.csr_matrix(sparse.vstack(parts))
 
 
 def programme_levels(tissue: Tissue, yx_um: NDArray[np.float64]) -> NDArray[np.float64]:

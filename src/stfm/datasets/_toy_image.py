@@ -83,8 +83,8 @@ def vary_stain(rng: np.random.Generator, stain: Stain, shift: float) -> Stain:
     return Stain(stain.haematoxylin, stain.eosin, stain.blood, (haematoxylin, eosin), stain.lamp)
 
 
-def _smoothstep(values: Array, low: float, high: float) -> Array:
-    t = np.clip((values - low) / (high - low), 0.0, 1.0)
+def _smoothstep(values: NDArray[Any], low: float, high: float) -> Array:
+    t: Array = np.clip((values - low) / (high - low), 0.0, 1.0)
     return t * t * (3.0 - 2.0 * t)
 
 
@@ -113,7 +113,7 @@ def _stamp(rng: np.random.Generator, kind: str, angle: float, scale: float, mpp:
         cu, cv = rng.uniform(-0.45, 0.45, 2)
         spot = np.exp(-((u / major - cu) ** 2 * major**2 + (v / minor - cv) ** 2 * minor**2) / (1.0 / mpp) ** 2)
         chromatin = chromatin + 0.5 * spot
-    return (density * body * np.clip(chromatin, 0.2, 2.0)).astype(np.float32)
+    return np.asarray(density * body * np.clip(chromatin, 0.2, 2.0), dtype=np.float32)
 
 
 class _Nuclei:
@@ -213,7 +213,7 @@ def _draw_fat(tissue: Tissue, maps: dict[str, Array]) -> None:
     keep = (fine_rows < maps["fat"].shape[0]) & (fine_columns < maps["fat"].shape[1])
     fine_rows, fine_columns = fine_rows[keep], fine_columns[keep]
     places = (np.column_stack([fine_rows, fine_columns]) + 0.5) * FINE
-    distance, _ = cKDTree(tissue.fat).query(places, k=3)
+    distance = np.asarray(cKDTree(tissue.fat).query(places, k=3)[0])
     to_edge = (distance[:, 1] - distance[:, 0]) / 2 - np.exp(-(distance[:, 2] - distance[:, 1]) / 5.0) * 3.0
     maps["fat"][fine_rows, fine_columns] = _smoothstep(to_edge.astype(np.float32), 0.6, 2.2)
 
@@ -257,7 +257,7 @@ def _coarse_maps(rng: np.random.Generator, tissue: Tissue) -> dict[str, Array]:
 
 
 def render(rng: np.random.Generator, tissue: Tissue, cells: Cells, stain: Stain, mpp: float) -> NDArray[np.uint8]:
-    """Picture of a section, uint8 ``(height, width, 3)`` at ``mpp`` µm/px; a strip at a time, so that memory is small."""
+    """Picture of a section, uint8 ``(height, width, 3)`` at ``mpp`` µm/px, a strip at a time."""
     shape = (round(tissue.size_um[0] / mpp), round(tissue.size_um[1] / mpp))
     nuclei = _Nuclei(rng, cells, shape, mpp)
     coarse = {name: Image.fromarray(values) for name, values in _coarse_maps(rng, tissue).items()}
@@ -323,5 +323,7 @@ def _densities(maps: dict[str, Array]) -> tuple[Array, Array, Array]:
     eosin = eosin + 0.35 * maps["wall"]
     crack = _smoothstep(-(0.72 * waves + 0.28 * fine_waves) + 0.22 * mottle, 0.86, 1.12) * fibrous
     fat = maps["fat"] * _smoothstep(maps["adipose"], 0.35, 0.6)
-    clear = np.maximum(np.maximum(maps["clear"], fat), 0.85 * crack * (1.0 - epithelium) * (1.0 - np.clip(maps["wall"], 0, 1)))
+    clear = np.maximum(
+        np.maximum(maps["clear"], fat), 0.85 * crack * (1.0 - epithelium) * (1.0 - np.clip(maps["wall"], 0, 1))
+    )
     return haematoxylin, np.maximum(eosin, 0.0), clear

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -76,7 +77,7 @@ class Tissue:
     follicles: NDArray[np.float64]
     fat: NDArray[np.float64]
 
-    def at(self, values: NDArray, yx_um: NDArray[np.float64]) -> NDArray:
+    def at(self, values: NDArray[Any], yx_um: NDArray[np.float64]) -> NDArray[Any]:
         """Values of a map at positions (y, x)."""
         index = np.floor(yx_um / STEP).astype(np.int64)
         rows = np.clip(index[..., 0], 0, values.shape[0] - 1)
@@ -93,7 +94,7 @@ class Cells:
     size: Array
     angle: Array
 
-    def subset(self, keep: NDArray) -> Cells:
+    def subset(self, keep: NDArray[Any]) -> Cells:
         """Return some of the cells."""
         return Cells(self.yx_um[keep], self.kind[keep], self.size[keep], self.angle[keep])
 
@@ -132,7 +133,7 @@ def outline_map(rng: np.random.Generator, size_um: tuple[float, float], radius_u
     theta = np.arctan2(y, x)
     lobes = sum(rng.normal(0, 0.07 / k**0.5) * np.cos(k * theta + rng.uniform(0, 2 * np.pi)) for k in (2, 3, 4, 5))
     ragged = 0.05 * smooth_map(rng, shape, max(60.0, 0.06 * radius_um)) + 0.012 * smooth_map(rng, shape, 22.0)
-    return (1.0 - np.hypot(y, x) / (radius_um * (1.0 + lobes)) + ragged).astype(np.float32)
+    return np.asarray(1.0 - np.hypot(y, x) / (radius_um * (1.0 + lobes)) + ragged, dtype=np.float32)
 
 
 def _top(values: Array, inside: NDArray[np.bool_], share: float) -> NDArray[np.bool_]:
@@ -199,7 +200,7 @@ def _place_follicles(
     radius = float(np.clip(0.085 * np.sqrt(area), 60.0, 300.0))
     count = max(1, round(0.10 * area / (np.pi * radius**2)))
     spots = np.argwhere(near) * STEP
-    chosen: list[NDArray] = []
+    chosen: list[NDArray[Any]] = []
     for place in spots[rng.permutation(len(spots))[:500]]:
         if len(chosen) < count and all(np.hypot(*(place - other[:2])) > 2.4 * radius for other in chosen):
             chosen.append(np.array([*place, radius * rng.uniform(0.7, 1.25)]))
@@ -221,9 +222,10 @@ def _place_vessels(rng: np.random.Generator, tissue: Tissue) -> NDArray[np.float
     return np.column_stack([points, rng.gamma(4.0, 4.0, len(points)).clip(7.0, 34.0)])
 
 
-def gland_radius(phase: NDArray | float, theta: NDArray) -> NDArray:
+def gland_radius(phase: NDArray[Any] | float, theta: NDArray[Any]) -> NDArray[Any]:
     """Shape of a gland: relative radius in every direction."""
-    return 1.0 + 0.14 * np.cos(2 * theta + phase) + 0.07 * np.cos(3 * theta + 2 * phase) + 0.03 * np.cos(5 * theta)
+    lobes = 0.14 * np.cos(2 * theta + phase) + 0.07 * np.cos(3 * theta + 2 * phase) + 0.03 * np.cos(5 * theta)
+    return np.asarray(1.0 + lobes)
 
 
 def in_glands(tissue: Tissue, yx_um: NDArray[np.float64]) -> NDArray[np.bool_]:
@@ -235,7 +237,7 @@ def in_glands(tissue: Tissue, yx_um: NDArray[np.float64]) -> NDArray[np.bool_]:
     gland = tissue.glands[np.where(found, nearest, 0)]
     offset = yx_um - gland[:, :2]
     radius = gland[:, 2] * gland_radius(gland[:, 3], np.arctan2(offset[:, 0], offset[:, 1]))
-    return found & (distance < radius + 3.0)
+    return np.asarray(found & (distance < radius + 3.0))
 
 
 def place_cells(rng: np.random.Generator, tissue: Tissue) -> Cells:
@@ -266,7 +268,7 @@ def _to_membranes(tissue: Tissue, points: NDArray[np.float64]) -> tuple[NDArray[
     """Move nuclei to the membrane between the two nearest fat cells, and lay them along it."""
     if len(points) == 0 or len(tissue.fat) < 2:
         return points, np.zeros(len(points))
-    distance, nearest = cKDTree(tissue.fat).query(points, k=2)
+    distance, nearest = (np.asarray(part) for part in cKDTree(tissue.fat).query(points, k=2))
     across = tissue.fat[nearest[:, 1]] - tissue.fat[nearest[:, 0]]
     length = np.maximum(np.hypot(across[:, 0], across[:, 1]), 1e-9)
     step = (distance[:, 1] ** 2 - distance[:, 0] ** 2) / (2 * length**2)
@@ -289,10 +291,10 @@ def _kinds(rng: np.random.Generator, tissue: Tissue, domain: int, points: NDArra
         shares[deep, CELL_TYPES.index("B cell")] *= 4.0
         shares[~deep, CELL_TYPES.index("B cell")] *= 0.35
     total = shares.cumsum(axis=1)
-    return (rng.random(len(points))[:, None] * total[:, -1:] > total).sum(axis=1)
+    return np.asarray((rng.random(len(points))[:, None] * total[:, -1:] > total).sum(axis=1), dtype=np.int64)
 
 
-def _gland_cells(rng: np.random.Generator, tissue: Tissue) -> tuple[NDArray, NDArray, NDArray]:
+def _gland_cells(rng: np.random.Generator, tissue: Tissue) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
     """Columnar cells around the lumens, nuclei at their base and pointing to the middle."""
     places, angles = [], []
     for y, x, radius, phase, thick in tissue.glands:

@@ -24,8 +24,9 @@ Layout = Literal["visium", "st", "cells"]
 
 @dataclass(frozen=True)
 class _Lattice:
-    """How spots lie: pitch and diameter in µm, mean counts a spot, tissue a spot in µm²."""
+    """How spots lie: platform, pitch and diameter in µm, mean counts a spot, tissue a spot in µm²."""
 
+    platform: str
     pitch_um: float
     diameter_um: float
     depth: float
@@ -33,9 +34,9 @@ class _Lattice:
 
 
 _LAYOUTS = {
-    "visium": _Lattice(100.0, 55.0, 2500.0, 100.0 * 100.0 * np.sqrt(3) / 2),
-    "st": _Lattice(200.0, 100.0, 4000.0, 200.0 * 200.0),
-    "cells": _Lattice(0.0, 10.0, 250.0, 1e6 / 3300.0),
+    "visium": _Lattice("Visium", 100.0, 55.0, 2500.0, 100.0 * 100.0 * np.sqrt(3) / 2),
+    "st": _Lattice("ST", 200.0, 100.0, 4000.0, 200.0 * 200.0),
+    "cells": _Lattice("", 0.0, 10.0, 250.0, 1e6 / 3300.0),
 }
 _MARGIN_UM = 120.0
 
@@ -60,7 +61,8 @@ def toy(
     Seven domains are made of ten cell types. Cells are placed first; their nuclei make the picture and their
     programmes, summed under every spot, make the counts, so that picture and genes tell of the same cells. Two pairs of
     domains differ mainly in one modality: ``tumor`` and ``tumor_hypoxic`` by genes, ``stroma`` and ``sclerosis`` by the
-    picture. Programmes that no picture shows (interferon, stress) vary over the tissue and disturb clusterings by genes.
+    picture. Programmes that no picture shows (interferon, stress) vary over the tissue and disturb clusterings by
+    genes.
 
     Parameters
     ----------
@@ -95,8 +97,8 @@ def toy(
     X
         Raw counts, float32 CSR ``(n, n_genes)``.
     obs
-        ``domain`` (the truth, categorical), ``library_id``, ``patient``, ``array_row``, ``array_col``, ``in_tissue``,
-        ``n_cells``; for ``layout="cells"`` also ``cell_type``.
+        ``domain`` (the truth, categorical), ``library_id``, ``patient``, ``study``, ``array_row``, ``array_col``,
+        ``in_tissue``, ``n_cells``; for ``layout="cells"`` also ``cell_type``.
     var
         ``driver`` (cell type or programme behind the gene) and ``image_linked`` (whether the picture shows it).
     obsm
@@ -143,7 +145,8 @@ def toy(
     ]  # fmt: skip
     record = {
         "seed": seed, "layout": layout, "n_spots": n_spots, "n_patients": n_patients, "n_sections": n_sections,
-        "depth": float(depth), "mpp": float(mpp), "batch_effect": float(batch_effect), "stain_shift": float(stain_shift),
+        "depth": float(depth), "mpp": float(mpp), "batch_effect": float(batch_effect),
+        "stain_shift": float(stain_shift),
     }  # fmt: skip
     adata = _join(sections, plan, record)
     if as_ == "spatialdata":
@@ -221,8 +224,9 @@ def _section(
     )  # fmt: skip
     obs = pd.DataFrame(
         {
-            "domain": pd.Categorical.from_codes(domain, categories=list(DOMAINS)),
+            "domain": pd.Categorical([DOMAINS[code] for code in domain], categories=list(DOMAINS)),
             "patient": patient_name,
+            "study": "toy",
             "array_row": places.array[:, 0],
             "array_col": places.array[:, 1],
             "in_tissue": 1,
@@ -232,7 +236,7 @@ def _section(
     )
     if layout == "cells":
         obs.index = [f"{library}_cell{i}" for i in range(len(obs))]
-        obs["cell_type"] = pd.Categorical.from_codes(cells.kind, categories=list(CELL_TYPES))
+        obs["cell_type"] = pd.Categorical([CELL_TYPES[code] for code in cells.kind], categories=list(CELL_TYPES))
     adata = AnnData(X, obs=obs, var=pd.DataFrame(index=plan.names))
     fractions = content / np.maximum(content.sum(axis=1, keepdims=True), 1e-12)
     adata.obsm["cell_type_fractions"] = pd.DataFrame(fractions, index=obs.index, columns=list(CELL_TYPES))
@@ -243,7 +247,7 @@ def _section(
             "tissue_hires_scalef": 1.0,
             "microns_per_pixel": mpp,
         },
-        "metadata": {"platform": layout, "patient": patient_name},
+        "metadata": {"species": "human", "study": "toy"} | ({"platform": kind.platform} if kind.platform else {}),
     }
     if image:
         stain = vary_stain(image_rng, patient.stain, shift)
@@ -315,7 +319,7 @@ def _domain_of(tissue: Tissue, yx_um: NDArray[np.float64], diameter_um: float) -
     around = np.vstack([[0.0, 0.0], 0.3 * diameter_um * np.column_stack([np.sin(turns), np.cos(turns)])])
     seen = tissue.at(tissue.labels, yx_um[:, None, :] + around)
     votes = (seen[:, :, None] == np.arange(len(DOMAINS))).sum(axis=1)
-    return votes.argmax(axis=1).astype(np.int8)
+    return np.asarray(votes.argmax(axis=1), dtype=np.int8)
 
 
 def _join(sections: list[AnnData], plan: GenePlan, record: dict[str, Any]) -> AnnData:
@@ -330,7 +334,8 @@ def _join(sections: list[AnnData], plan: GenePlan, record: dict[str, Any]) -> An
     names = [next(iter(section.uns["spatial"])) for section in sections]
     joined = ad.concat(sections, label="library_id", keys=names, merge="same", uns_merge=None)
     joined.uns["spatial"] = {name: section.uns["spatial"][name] for name, section in zip(names, sections, strict=True)}
-    joined.obs["patient"] = pd.Categorical(joined.obs["patient"])
+    for column in ("patient", "study"):
+        joined.obs[column] = pd.Categorical(joined.obs[column])
     joined.var["driver"] = pd.Categorical(plan.driver)
     joined.var["image_linked"] = np.isin(plan.driver, CELL_TYPES)
     joined.uns["stfm_toy"] = provenance(
