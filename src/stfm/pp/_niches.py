@@ -185,7 +185,7 @@ def _write(
     adata: AnnData, table: NicheTable, params: Mapping[str, object], key_added: str, *, copy: bool
 ) -> AnnData | None:
     """Write the slots."""
-    connectivities, distances = table.to_csr()
+    connectivities, distances = table.to_csr(copy=False)
     connectivities_key, distances_key = niche_keys(key_added)
     record = _provenance.record(params)
     written = target(adata, copy=copy)

@@ -55,10 +55,11 @@ class NicheTable:
         """Return the table in another unit, such as µm for px times µm/px."""
         return NicheTable(self.index, np.multiply(self.distance, factor, dtype=np.float32))
 
-    def to_csr(self) -> tuple[sp.csr_matrix, sp.csr_matrix]:
+    def to_csr(self, *, copy: bool = True) -> tuple[sp.csr_matrix, sp.csr_matrix]:
         """Return connectivities (weight 1) and distances, float32 CSR ``(n, n)``, neighbours in their order.
 
-        A neighbour at distance 0 is a stored zero in the distances.
+        A neighbour at distance 0 is a stored zero in the distances. With ``copy=False`` the distances may share the memory of
+        the table.
         """
         there = self.index >= 0
         n, k = self.index.shape
@@ -67,6 +68,8 @@ class NicheTable:
             if k == 0:
                 indptr = np.zeros(n + 1, np.int32)
             indices, data = self.index.reshape(-1), self.distance.reshape(-1)
+            if copy:
+                indices, data = indices.copy(), data.copy()
         else:
             indptr = np.concatenate([[0], np.cumsum(there.sum(axis=1))]).astype(np.int32)
             indices, data = self.index[there], self.distance[there]
@@ -112,14 +115,10 @@ def check_coords(coords: ArrayLike, *, where: str = "coords") -> NDArray[np.floa
     if points.ndim != 2 or points.shape[1] not in (2, 3):
         msg = f"{where} must have the shape (spots, 2) or (spots, 3), got {points.shape}."
         raise InputError(msg)
-    # sums are enough: one nan or infinity spoils them, and columns are summed faster than they are tested
-    if not np.isfinite(points.sum()):
+    if not np.isfinite(points).all():
         bad = np.flatnonzero(~np.isfinite(points).all(axis=1))
-        if len(bad):
-            msg = (
-                f"{where} has {len(bad)} rows that are nan or infinite (the first is row {bad[0]}); remove these spots."
-            )
-            raise InputError(msg)
+        msg = f"{where} has {len(bad)} rows that are nan or infinite (the first is row {bad[0]}); remove these spots."
+        raise InputError(msg)
     if len(points) >= 2**31:
         msg = f"{where} has {len(points)} rows, more than the 2**31 - 1 of an int32 index; split the libraries."
         raise InputError(msg)

@@ -226,8 +226,10 @@ def lattice_tolerance(nearest: NDArray[np.floating]) -> float:
     The tolerance, in the unit of the distances.
     """
     pitch = float(np.median(nearest))
+    if not np.isfinite(pitch):
+        return 0.0  # spots without any neighbour
     regular = np.abs(nearest - pitch) <= _LATTICE_SPREAD * pitch
-    return _LATTICE_TIE * pitch if np.isfinite(pitch) and regular.mean() >= _LATTICE_SHARE else 0.0
+    return _LATTICE_TIE * pitch if regular.mean() >= _LATTICE_SHARE else 0.0
 
 
 def _capacity(searcher: Grid | Tree, request: Request, tolerance: float) -> int:
