@@ -137,6 +137,10 @@ def get_protocol(name: str) -> Protocol:
     name
         Id, as :func:`protocols` lists it.
 
+    Returns
+    -------
+    The protocol, with its folds, gene set, target and score.
+
     Raises
     ------
     MissingKeyError
@@ -146,7 +150,12 @@ def get_protocol(name: str) -> Protocol:
 
 
 def protocols() -> pd.DataFrame:
-    """Return all protocols as a table, one row an id."""
+    """List the protocols.
+
+    Returns
+    -------
+    DataFrame with a row an id and a column a field of :class:`Protocol`.
+    """
     return PROTOCOLS.frame()
 
 

@@ -56,6 +56,10 @@ def ari(truth: ArrayLike, found: ArrayLike, *, ignore: Sequence[str] = UNLABELLE
         Labels of the same spots.
     ignore
         True labels that stand for "not annotated": those spots, and missing values, are left out of the score.
+
+    Returns
+    -------
+    The score, at most 1.
     """
     from sklearn.metrics import adjusted_rand_score
 
@@ -63,35 +67,95 @@ def ari(truth: ArrayLike, found: ArrayLike, *, ignore: Sequence[str] = UNLABELLE
 
 
 def nmi(truth: ArrayLike, found: ArrayLike, *, ignore: Sequence[str] = UNLABELLED) -> float:
-    """Normalised mutual information (arithmetic mean); not corrected for chance. Parameters as in :func:`ari`."""
+    """Normalised mutual information (arithmetic mean); not corrected for chance.
+
+    Parameters
+    ----------
+    truth, found
+        Labels of the same spots.
+    ignore
+        True labels that stand for "not annotated": those spots, and missing values, are left out of the score.
+
+    Returns
+    -------
+    The score between 0 and 1.
+    """
     from sklearn.metrics import normalized_mutual_info_score
 
     return float(normalized_mutual_info_score(*_pair(truth, found, ignore)))
 
 
 def ami(truth: ArrayLike, found: ArrayLike, *, ignore: Sequence[str] = UNLABELLED) -> float:
-    """Mutual information adjusted for chance: the one to report for few domains. Parameters as in :func:`ari`."""
+    """Mutual information adjusted for chance: the one to report for few domains.
+
+    Parameters
+    ----------
+    truth, found
+        Labels of the same spots.
+    ignore
+        True labels that stand for "not annotated": those spots, and missing values, are left out of the score.
+
+    Returns
+    -------
+    The score: 1 for equal partitions, 0 in the mean for random ones.
+    """
     from sklearn.metrics import adjusted_mutual_info_score
 
     return float(adjusted_mutual_info_score(*_pair(truth, found, ignore)))
 
 
 def fmi(truth: ArrayLike, found: ArrayLike, *, ignore: Sequence[str] = UNLABELLED) -> float:
-    """Fowlkes-Mallows index: geometric mean of pairwise precision and recall. Parameters as in :func:`ari`."""
+    """Fowlkes-Mallows index: geometric mean of pairwise precision and recall.
+
+    Parameters
+    ----------
+    truth, found
+        Labels of the same spots.
+    ignore
+        True labels that stand for "not annotated": those spots, and missing values, are left out of the score.
+
+    Returns
+    -------
+    The score between 0 and 1.
+    """
     from sklearn.metrics import fowlkes_mallows_score
 
     return float(fowlkes_mallows_score(*_pair(truth, found, ignore)))
 
 
 def homogeneity(truth: ArrayLike, found: ArrayLike, *, ignore: Sequence[str] = UNLABELLED) -> float:
-    """Homogeneity: 1 where every found domain holds one true label. Parameters as in :func:`ari`."""
+    """Homogeneity: 1 where every found domain holds one true label.
+
+    Parameters
+    ----------
+    truth, found
+        Labels of the same spots.
+    ignore
+        True labels that stand for "not annotated": those spots, and missing values, are left out of the score.
+
+    Returns
+    -------
+    The score between 0 and 1.
+    """
     from sklearn.metrics import homogeneity_score
 
     return float(homogeneity_score(*_pair(truth, found, ignore)))
 
 
 def completeness(truth: ArrayLike, found: ArrayLike, *, ignore: Sequence[str] = UNLABELLED) -> float:
-    """Completeness: 1 where every true label lies in one found domain. Parameters as in :func:`ari`."""
+    """Completeness: 1 where every true label lies in one found domain.
+
+    Parameters
+    ----------
+    truth, found
+        Labels of the same spots.
+    ignore
+        True labels that stand for "not annotated": those spots, and missing values, are left out of the score.
+
+    Returns
+    -------
+    The score between 0 and 1.
+    """
     from sklearn.metrics import completeness_score
 
     return float(completeness_score(*_pair(truth, found, ignore)))
@@ -118,6 +182,10 @@ def chaos(labels: ArrayLike, coords: ArrayLike) -> float:
         Domain of each spot. Spots that are alone in their domain have no such distance and are left out.
     coords
         Coordinates ``(n, 2)`` or ``(n, 3)``, in any unit.
+
+    Returns
+    -------
+    The mean distance, in standard deviations of the coordinates.
     """
     from scipy.spatial import cKDTree
 
@@ -143,6 +211,10 @@ def pas(labels: ArrayLike, coords: ArrayLike, *, n_neighbors: int = 10, threshol
         Coordinates ``(n, 2)`` or ``(n, 3)``, in any unit.
     n_neighbors, threshold
         Neighbours looked at, and how many of them must disagree.
+
+    Returns
+    -------
+    The share, between 0 and 1.
     """
     from stfm.slide.niches import knn
 
