@@ -21,9 +21,8 @@ ITERATIONS = 10
 class PrincipalComponents(nn.Module):
     """Scores on principal components of log-normalised counts.
 
-    Where genes were not measured, the scores are those that explain the measured ones best (ridge, its strength the
-    share of genes that is missing), instead of taking absent genes for zeros. Before :meth:`fit` the components are
-    random directions.
+    Where genes were not measured, they are not taken for zeros: the scores are those expected from the measured ones
+    under probabilistic PCA. Before :meth:`fit` the components are random directions.
 
     Parameters
     ----------
@@ -37,6 +36,7 @@ class PrincipalComponents(nn.Module):
 
     components: Tensor
     deviation: Tensor
+    noise: Tensor
 
     def __init__(self, n_genes: int, n_components: int, *, standardise: str = "centre", whiten: bool = True) -> None:
         super().__init__()
@@ -44,6 +44,7 @@ class PrincipalComponents(nn.Module):
         self.whiten = whiten
         self.register_buffer("components", torch.randn(n_components, n_genes) / n_genes**0.5)
         self.register_buffer("deviation", torch.ones(n_components))
+        self.register_buffer("noise", torch.ones(()))
 
     def fit(self, x: Tensor, mask: Tensor | None = None) -> None:
         """Compute the components of ``x``, ``(n, G)``; deterministic."""
@@ -57,30 +58,32 @@ class PrincipalComponents(nn.Module):
         self.components.zero_()
         self.components[:rank] = directions
         self.deviation.fill_(1.0)
-        if self.whiten:
-            self.deviation[:rank] = scores_std.clamp_min(1e-6)
+        self.deviation[:rank] = scores_std.clamp_min(1e-6)
+        left = z.square().sum() / len(z) - scores_std.square().sum()
+        self.noise.copy_((left / max(1, z.shape[1] - rank)).clamp_min(1e-8))
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return ``(b, n_components)``."""
         z = self.scaler(x, mask)
         projected: Tensor = z @ self.components.T
-        if mask is None or bool(mask.all()):
-            return projected / self.deviation
-        panels, which = torch.unique(mask, dim=0, return_inverse=True)
-        scores = torch.empty_like(projected)
-        for i, panel in enumerate(panels):  # one small system a panel, that is a slide
-            rows = which == i
-            scores[rows] = self._restricted(projected[rows], panel)
-        return scores / self.deviation
+        if mask is not None and not bool(mask.all()):
+            panels, which = torch.unique(mask, dim=0, return_inverse=True)
+            for i, panel in enumerate(panels):  # one small system a panel, that is a slide
+                projected = torch.where((which == i)[:, None], self._expected(projected, panel), projected)
+        return projected / self.deviation if self.whiten else projected
 
-    def _restricted(self, projected: Tensor, panel: Tensor) -> Tensor:
-        """Solve ``(Vᵀ V + λ) s = Vᵀ z`` on the measured genes."""
-        v = self.components * panel
-        missing = 1.0 - panel.to(projected.dtype).mean()
-        empty = (self.components.square().sum(dim=1) == 0).to(projected.dtype)  # components beyond the rank
-        gram = (v @ v.T).to(projected.dtype) + torch.diag(missing.clamp_min(1e-6) + empty)
-        solved: Tensor = torch.linalg.solve(gram.float(), projected.T.float())
-        return solved.T.to(projected.dtype)
+    def _expected(self, projected: Tensor, panel: Tensor) -> Tensor:
+        """Return the scores expected from the measured genes.
+
+        With ``M = V_m V_mᵀ``, the latent vector is ``s = (M + σ² / var)⁻¹ V_m z`` and the absent genes add
+        ``V_u E[z_u] = (I - M) s``.
+        """
+        v = (self.components * panel).float()
+        gram = v @ v.T
+        ridge = (self.noise / self.deviation.square()).clamp(1e-6, 1e6).float()
+        latent = torch.linalg.solve(gram + torch.diag(ridge), projected.T.float())
+        absent = (torch.eye(len(gram), device=gram.device) - gram) @ latent
+        return projected + absent.T.to(projected.dtype)
 
 
 def _subspace(z: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -57,5 +57,7 @@ class GeneScaler(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return ``(b, G)``."""
         if self.standardise != "none":
-            x = ((x - self.mean) / self.scale).clamp(-CLIP, CLIP)
+            x = (x - self.mean) / self.scale
+        if self.standardise == "zscore":
+            x = x.clamp(-CLIP, CLIP)
         return x if mask is None else x * mask
