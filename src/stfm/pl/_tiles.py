@@ -65,10 +65,9 @@ def tiles(
     """
     reader, names, record = _open(adata, library, library_key, spatial_key)
     index = _choose(names, spots, rng)
-    pictures = [
-        reader.read(index, size_um=record[f"{kind}_um"], size_px=int(record[f"{kind}_px"])) for kind in ("spot", "niche")
-    ]
-    titles = [f"{kind} {record[f'{kind}_um']:.4g} µm, {int(record[f'{kind}_px'])} px" for kind in ("spot", "niche")]
+    sizes = {kind: (float(record[f"{kind}_um"]), int(record[f"{kind}_px"])) for kind in ("spot", "niche")}
+    pictures = [reader.read(index, size_um=um, size_px=px) for um, px in sizes.values()]
+    titles = [f"{kind} {um:.4g} µm, {px} px" for kind, (um, px) in sizes.items()]
     grid = _axes(len(index), ax)
     share = record["spot_um"] / record["niche_um"]
     if not isinstance(grid, np.ndarray):
@@ -105,7 +104,9 @@ def _open(
     return reader, adata.obs_names[found[name].rows].to_numpy().astype(str), record
 
 
-def _choose(names: NDArray[np.str_], spots: Sequence[str] | int, rng: int | np.random.Generator | None) -> NDArray[np.int64]:
+def _choose(
+    names: NDArray[np.str_], spots: Sequence[str] | int, rng: int | np.random.Generator | None
+) -> NDArray[np.int64]:
     """Return positions of the spots asked for."""
     if isinstance(spots, (int, np.integer)):
         check_count("spots", int(spots))

@@ -15,8 +15,8 @@ _MIN_CHROMA = 12  # Otsu levels below this split noise, not tissue from glass
 def tissue_mask(picture: NDArray[np.uint8]) -> NDArray[np.bool_] | None:
     """Return where a picture shows stained tissue, bool ``(h, w)``, or None where nothing is coloured.
 
-    Stain is coloured, glass, pen and frame are grey: the difference of the largest and the smallest channel is split by Otsu's
-    threshold.
+    Stain is coloured, glass and frame are grey: the difference of the largest and the smallest channel is split by
+    Otsu's threshold.
 
     Parameters
     ----------
@@ -42,8 +42,10 @@ def otsu(histogram: NDArray[np.int64]) -> int:
     return int(np.argmax(between))
 
 
-def share_on_tissue(mask: NDArray[np.bool_], xy: NDArray[np.float64]) -> float:
-    """Return the share of points (x, y in px of the mask) that lie on tissue; points off the picture do not."""
+def on_tissue(mask: NDArray[np.bool_], xy: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Return which points (x, y in px of the mask) lie on tissue, bool ``(n,)``; points off the picture do not."""
     col, row = np.floor(xy[:, 0]).astype(np.int64), np.floor(xy[:, 1]).astype(np.int64)
     inside = (row >= 0) & (row < mask.shape[0]) & (col >= 0) & (col < mask.shape[1])
-    return float(mask[row[inside], col[inside]].sum() / len(xy))
+    found = np.zeros(len(xy), np.bool_)
+    found[inside] = mask[row[inside], col[inside]]
+    return found

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numba import njit, prange
+from numba import njit
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -36,10 +36,10 @@ def _copy_tile(image, y0, x0, out):  # type: ignore[no-untyped-def]
             out[r, (right - x0) * 3 :] = WHITE
 
 
-@njit(cache=True, parallel=True, nogil=True)
-def gather(image, y0, x0, out):  # type: ignore[no-untyped-def]
+@njit(cache=True, nogil=True)
+def gather(image, y0, x0, out, lo, hi):  # type: ignore[no-untyped-def]
     """Copy tiles at whole pixels: ``image`` (h, w * 3) uint8, corners int64, ``out`` (m, size, size * 3) uint8."""
-    for i in prange(len(y0)):
+    for i in range(lo, hi):
         _copy_tile(image, y0[i], x0[i], out[i])
 
 
@@ -56,12 +56,12 @@ def gather_numpy(
     return out
 
 
-@njit(cache=True, parallel=True, nogil=True)
-def gather_float(image, y0, x0, scale, shift, out):  # type: ignore[no-untyped-def]
+@njit(cache=True, nogil=True)
+def gather_float(image, y0, x0, scale, shift, out, lo, hi):  # type: ignore[no-untyped-def]
     """Copy and normalise in one pass: ``out`` (m, 3, size, size) float32 = value * scale[channel] + shift[channel]."""
     size = out.shape[2]
     height, width = image.shape[0], image.shape[1] // 3
-    for i in prange(len(y0)):
+    for i in range(lo, hi):
         left, right = max(x0[i], 0), min(x0[i] + size, width)
         for r in range(size):
             y = y0[i] + r
@@ -78,11 +78,11 @@ def gather_float(image, y0, x0, scale, shift, out):  # type: ignore[no-untyped-d
                 row[right - x0[i] :] = WHITE * scale[c] + shift[c]
 
 
-@njit(cache=True, parallel=True, nogil=True)
-def normalise(tiles, scale, shift, out):  # type: ignore[no-untyped-def]
-    """Turn uint8 ``(m, size, size, 3)`` into float32 ``(m, 3, size, size)`` = value * scale[channel] + shift[channel]."""
-    m, size = tiles.shape[0], tiles.shape[1]
-    for i in prange(m):
+@njit(cache=True, nogil=True)
+def normalise(tiles, scale, shift, out, lo, hi):  # type: ignore[no-untyped-def]
+    """Turn uint8 ``(m, size, size, 3)`` into float32 ``(m, 3, size, size)``: value * scale + shift, by channel."""
+    size = tiles.shape[1]
+    for i in range(lo, hi):
         for c in range(3):
             for r in range(size):
                 for k in range(size):
@@ -95,16 +95,16 @@ def _overlap(start, stop, cell):  # type: ignore[no-untyped-def]
     return min(stop, cell + 1.0) - max(start, float(cell))
 
 
-@njit(cache=True, parallel=True, nogil=True)
-def shrink(image, y0, x0, side, bounds, out):  # type: ignore[no-untyped-def]
+@njit(cache=True, nogil=True)
+def shrink(image, y0, x0, side, bounds, out, begin_at, end_at):  # type: ignore[no-untyped-def]
     """Average by area: each output px is the mean of the part of the image under it, split pixels by their share.
 
-    ``image`` (h, w * 3) uint8; corners float64; ``side`` of the tiles in image px; ``out`` (m, size, size, 3) uint8. Rows are
-    summed first (long contiguous runs), columns after.
+    ``image`` (h, w * 3) uint8; corners float64; ``side`` of the tiles in image px; ``out`` (m, size, size, 3) uint8.
+    Rows are summed first (long contiguous runs), columns after.
     """
     size = out.shape[1]
     step = side / size
-    for i in prange(len(y0)):
+    for i in range(begin_at, end_at):
         top, bottom, left, right = bounds[i, 0], bounds[i, 1], bounds[i, 2], bounds[i, 3]
         first = int(np.floor(x0[i]))
         last = int(np.ceil(x0[i] + side))
@@ -177,16 +177,30 @@ def _patch(image: NDArray[np.uint8], rows: NDArray[np.int64], cols: NDArray[np.i
     return patch
 
 
-@njit(cache=True, parallel=True, nogil=True)
-def enlarge(image, y0, x0, side, bounds, out):  # type: ignore[no-untyped-def]
+@njit(cache=True, nogil=True)
+def enlarge(image, y0, x0, side, bounds, out, begin_at, end_at):  # type: ignore[no-untyped-def]
     """Interpolate bilinearly between the centres of pixels; arguments as of :func:`shrink`.
 
     Output px whose centre lies off the image are white; up to its edge the outermost pixels are continued.
     """
     size = out.shape[1]
     step = side / size
-    for i in prange(len(y0)):
+    one = np.float32(1.0)
+    column = np.empty((2, size), np.int64)  # the two columns between which a px lies; -1 off the image
+    share = np.empty(size, np.float32)
+    between = np.empty(image.shape[1], np.float32)  # a row of the image, interpolated between two
+    for i in range(begin_at, end_at):
         top, bottom, left, right = bounds[i, 0], bounds[i, 1], bounds[i, 2], bounds[i, 3]
+        begin, end = image.shape[1], 0  # columns that are looked at; none where the tile lies off the image
+        for c in range(size):
+            x = x0[i] + (c + 0.5) * step
+            xa = int(np.floor(x - 0.5))
+            share[c] = x - 0.5 - xa
+            column[0, c], column[1, c] = max(xa, left), min(xa + 1, right - 1)
+            if x < left or x >= right:
+                column[0, c] = -1
+            else:
+                begin, end = min(begin, column[0, c]), max(end, column[1, c] + 1)
         for r in range(size):
             y = y0[i] + (r + 0.5) * step
             if y < top or y >= bottom:
@@ -194,19 +208,17 @@ def enlarge(image, y0, x0, side, bounds, out):  # type: ignore[no-untyped-def]
                 continue
             ya = int(np.floor(y - 0.5))
             wy = np.float32(y - 0.5 - ya)
-            upper, lower = max(ya, top), min(ya + 1, bottom - 1)
+            upper, lower = image[max(ya, top)], image[min(ya + 1, bottom - 1)]
+            for k in range(begin * 3, end * 3):
+                between[k] = upper[k] * (one - wy) + lower[k] * wy
             for c in range(size):
-                x = x0[i] + (c + 0.5) * step
-                if x < left or x >= right:
+                a, b, wx = column[0, c] * 3, column[1, c] * 3, share[c]
+                if a < 0:
                     out[i, r, c] = WHITE
                     continue
-                xa = int(np.floor(x - 0.5))
-                wx = np.float32(x - 0.5 - xa)
-                a, b = max(xa, left) * 3, min(xa + 1, right - 1) * 3
-                for k in range(3):
-                    above = image[upper, a + k] * (np.float32(1.0) - wx) + image[upper, b + k] * wx
-                    below = image[lower, a + k] * (np.float32(1.0) - wx) + image[lower, b + k] * wx
-                    out[i, r, c, k] = np.uint8(above * (np.float32(1.0) - wy) + below * wy + np.float32(0.5))
+                out[i, r, c, 0] = np.uint8(between[a] * (one - wx) + between[b] * wx + np.float32(0.5))
+                out[i, r, c, 1] = np.uint8(between[a + 1] * (one - wx) + between[b + 1] * wx + np.float32(0.5))
+                out[i, r, c, 2] = np.uint8(between[a + 2] * (one - wx) + between[b + 2] * wx + np.float32(0.5))
 
 
 def enlarge_numpy(
@@ -228,16 +240,16 @@ def enlarge_numpy(
     return out
 
 
-@njit(cache=True, parallel=True, nogil=True)
-def scatter(block, block_y, block_x, tiles, y0, x0, out):  # type: ignore[no-untyped-def]
+@njit(cache=True, nogil=True)
+def scatter(block, block_y, block_x, tiles, y0, x0, out, lo, hi):  # type: ignore[no-untyped-def]
     """Copy from one decoded block what each of some tiles wants of it.
 
-    ``block`` (h, w * 3) lies at (block_y, block_x) of its level; ``tiles`` are positions in ``y0``, ``x0`` (corners, int64) and
-    ``out`` (m, size, size * 3).
+    ``block`` (h, w * 3) lies at (block_y, block_x) of its level; ``tiles`` are positions in ``y0``, ``x0`` (corners,
+    int64) and ``out`` (m, size, size * 3).
     """
     size = out.shape[1]
     height, width = block.shape[0], block.shape[1] // 3
-    for j in prange(len(tiles)):
+    for j in range(lo, hi):
         i = tiles[j]
         left, right = max(x0[i], block_x), min(x0[i] + size, block_x + width)
         if right <= left:

@@ -4,28 +4,32 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from stfm._errors import InputError
 from stfm._validate import check_count, check_positive
+from stfm.slide._threads import n_threads, run
 from stfm.slide.readers import ImageSource, open_image
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from numpy.typing import ArrayLike, NDArray
 
 __all__ = ["ImageSource", "TileReader", "open_image"]
 
 _EXACT = 1e-3  # px: a tile that differs less from its size in px is copied, not resampled
+_INLINE_BYTES = 2**21  # below, starting threads costs more than it gains
 _PATCH_BYTES = 64 * 2**20  # undecoded tiles are read in groups of so much memory
 
 
 class TileReader:
     """Square tiles around spots, read from an image by their size in µm.
 
-    Nothing is cut before :meth:`read`, which takes the pyramid level just finer than what is asked for and then copies (same
-    size), averages by area (shrinking) or interpolates bilinearly (enlarging). Beyond the image, tiles are white.
+    Nothing is cut before :meth:`read`, which takes the pyramid level just finer than what is asked for and then copies
+    (same size), averages by area (shrinking) or interpolates bilinearly (enlarging). Beyond the image, tiles are white.
 
     Parameters
     ----------
@@ -84,12 +88,14 @@ class TileReader:
         check_positive("size_um", size_um)
         half = size_um / self.native_mpp / 2 - 0.5
         limit = np.array(self.source.shape[::-1], dtype=np.float64)
-        return ((self._centers - half < 0) | (self._centers + half > limit)).any(axis=1)
+        over: NDArray[np.bool_] = np.any((self._centers - half < 0) | (self._centers + half > limit), axis=1)
+        return over
 
     def outside(self) -> NDArray[np.bool_]:
         """Return which centres do not lie on the image, bool ``(n,)``."""
         limit = np.array(self.source.shape[::-1], dtype=np.float64)
-        return ((self._centers < 0) | (self._centers >= limit)).any(axis=1)
+        off: NDArray[np.bool_] = np.any((self._centers < 0) | (self._centers >= limit), axis=1)
+        return off
 
     def read(
         self, indices: ArrayLike, *, size_um: float, size_px: int, out: NDArray[np.uint8] | None = None
@@ -148,7 +154,8 @@ class TileReader:
     ) -> NDArray[np.float32]:
         """Read tiles as an encoder wants them, float32 ``(m, 3, size_px, size_px)``: ``(value / 255 - mean) / std``.
 
-        From an image in memory at its own resolution, tiles are cut and normalised in one pass. Other arguments as of :meth:`read`.
+        From an image in memory at its own resolution, tiles are cut and normalised in one pass. Other arguments as of
+        :meth:`read`.
         """
         from stfm.slide import _tile_gather
 
@@ -168,10 +175,11 @@ class TileReader:
         pixels = self.source.array(level)
         if pixels is None or abs(side - size_px) > _EXACT:
             tiles = self.read(index, size_um=size_um, size_px=size_px)
-            _tile_gather.normalise(tiles, scale, shift, out)
+            _over_tiles(lambda lo, hi: _tile_gather.normalise(tiles, scale, shift, out, lo, hi), out)
             return out
         y0, x0 = _corners(self._centers[index] / self.source.downsamples[level], size_px)
-        _tile_gather.gather_float(_flat(pixels), y0, x0, scale, shift, out)
+        flat = _flat(pixels)
+        _over_tiles(lambda lo, hi: _tile_gather.gather_float(flat, y0, x0, scale, shift, out, lo, hi), out)
         return out
 
     def _index(self, indices: ArrayLike) -> NDArray[np.int64]:
@@ -191,9 +199,7 @@ class TileReader:
         level = max((i for i, d in enumerate(self.source.downsamples) if d <= zoom), default=0)
         return level, side / self.source.downsamples[level]
 
-    def _read_blocks(
-        self, level: int, center: NDArray[np.float64], side: float, out: NDArray[np.uint8]
-    ) -> None:
+    def _read_blocks(self, level: int, center: NDArray[np.float64], side: float, out: NDArray[np.uint8]) -> None:
         """Read from an image on disk: tiles in the order of the blocks, each block decoded once a group."""
         from stfm.slide import _tile_gather
 
@@ -229,13 +235,10 @@ class TileReader:
             corner_y = center[rows, 1] - side / 2 - y0[rows] + shift
             corner_x = center[rows, 0] - side / 2 - x0[rows]
             cut = np.empty((len(rows), size, size, 3), np.uint8)
-            resample = _tile_gather.shrink if side > size else _tile_gather.enlarge
-            resample(patches.reshape(-1, patch_px * 3), corner_y, corner_x, side, bounds, cut)
+            _resample(patches.reshape(-1, patch_px * 3), corner_y, corner_x, side, bounds, cut)
             out[rows] = cut
 
-    def _fill(
-        self, level: int, y0: NDArray[np.int64], x0: NDArray[np.int64], patches: NDArray[np.uint8]
-    ) -> None:
+    def _fill(self, level: int, y0: NDArray[np.int64], x0: NDArray[np.int64], patches: NDArray[np.uint8]) -> None:
         """Fill patches ``(m, px, px * 3)`` from the blocks under them."""
         from stfm.slide import _tile_gather
 
@@ -251,7 +254,8 @@ class TileReader:
         for (by, bx), tiles in wanted.items():
             top, left = by * bh, bx * bw
             pixels = self.source.read(level, top, left, min(bh, height - top), min(bw, width - left))
-            _tile_gather.scatter(_flat(pixels), top, left, np.array(tiles, dtype=np.int64), y0, x0, patches)
+            index = np.array(tiles, dtype=np.int64)
+            _tile_gather.scatter(_flat(pixels), top, left, index, y0, x0, patches, 0, len(index))
 
 
 def _corners(center: NDArray[np.float64], size: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -270,11 +274,34 @@ def _cut(pixels: NDArray[np.uint8], center: NDArray[np.float64], side: float, ou
     from stfm.slide import _tile_gather
 
     size = out.shape[1]
+    flat = _flat(pixels)
     if abs(side - size) <= _EXACT:
         y0, x0 = _corners(center, size)
-        _tile_gather.gather(_flat(pixels), y0, x0, out.reshape(len(out), size, -1))
+        rows = out.reshape(len(out), size, -1)
+        _over_tiles(lambda lo, hi: _tile_gather.gather(flat, y0, x0, rows, lo, hi), out)
         return
     corner = center - side / 2
     bounds = np.tile(np.array([0, pixels.shape[0], 0, pixels.shape[1]], dtype=np.int64), (len(center), 1))
-    resample = _tile_gather.shrink if side > size else _tile_gather.enlarge
-    resample(_flat(pixels), np.ascontiguousarray(corner[:, 1]), np.ascontiguousarray(corner[:, 0]), side, bounds, out)
+    _resample(flat, np.ascontiguousarray(corner[:, 1]), np.ascontiguousarray(corner[:, 0]), side, bounds, out)
+
+
+def _resample(
+    flat: NDArray[np.uint8],
+    y0: NDArray[np.float64],
+    x0: NDArray[np.float64],
+    side: float,
+    bounds: NDArray[np.int64],
+    out: NDArray[np.uint8],
+) -> None:
+    """Shrink or enlarge tiles from rows of ``w * 3`` bytes."""
+    from stfm.slide import _tile_gather
+
+    kernel = _tile_gather.shrink if side > out.shape[1] else _tile_gather.enlarge
+    work = len(out) * max(side, out.shape[1]) ** 2 * 3
+    _over_tiles(lambda lo, hi: kernel(flat, y0, x0, side, bounds, out, lo, hi), out, work=work * 8)
+
+
+def _over_tiles(work_on: Callable[[int, int], object], out: NDArray[Any], *, work: float | None = None) -> None:
+    """Run a loop over tiles on the threads there are; small jobs on the calling thread."""
+    small = (out.nbytes if work is None else work) < _INLINE_BYTES
+    run(work_on, len(out), n_threads(), inline=len(out) + 1 if small else 2)

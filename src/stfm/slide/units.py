@@ -15,7 +15,16 @@ from stfm.slide.platforms import PLATFORMS, Platform, get_platform
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["PLATFORMS", "Lattice", "Platform", "Scale", "default_tile_um", "detect_lattice", "get_platform", "resolve_mpp"]
+__all__ = [
+    "PLATFORMS",
+    "Lattice",
+    "Platform",
+    "Scale",
+    "default_tile_um",
+    "detect_lattice",
+    "get_platform",
+    "resolve_mpp",
+]
 
 _TOLERANCE = 0.05  # two values of µm/px that differ by less agree
 _ORDER = 0.6  # bond order of a lattice: 1 when perfect, 0 for scattered points
@@ -25,7 +34,7 @@ _WINDOW = 50_000  # a lattice of millions of bins is judged on so many around it
 
 @dataclass(frozen=True)
 class Lattice:
-    """How spots are laid out: ``kind`` is ``"hex"``, ``"square"`` or ``"none"``; ``pitch`` in the unit of the coordinates."""
+    """How spots are laid out: ``kind`` ``"hex"``, ``"square"`` or ``"none"``; ``pitch`` in units of the coordinates."""
 
     kind: str
     pitch: float | None
@@ -50,10 +59,11 @@ class Scale:
 def detect_lattice(coords: ArrayLike) -> Lattice:
     r"""Find out if points lie on a hexagonal or a square lattice, and its pitch.
 
-    Every point is joined to the neighbours that are about as near as the nearest ones. The directions :math:`\theta` of these
-    bonds agree modulo 90° on a square and modulo 60° on a hexagonal lattice, so that
-    :math:`\psi_m = |\langle e^{i m \theta} \rangle|` over all bonds is near 1 for m = 4 or m = 6 and near 0 for scattered points;
-    missing points change neither. The pitch is the length of the mean bond of each direction, in which jitter cancels.
+    Every point is joined to the neighbours that are about as near as the nearest ones. The directions :math:`\theta` of
+    these bonds agree modulo 90° on a square and modulo 60° on a hexagonal lattice, so that
+    :math:`\psi_m = |\langle e^{i m \theta} \rangle|` over all bonds is near 1 for m = 4 or m = 6 and near 0 for
+    scattered points; missing points change neither. The pitch is the length of the mean bond of each direction, in
+    which jitter cancels.
 
     Parameters
     ----------
@@ -71,7 +81,7 @@ def detect_lattice(coords: ArrayLike) -> Lattice:
     if len(xy) < _MIN_SPOTS:
         return Lattice("none", None, 0.0)
     tree = cKDTree(xy)
-    distance, index = tree.query(xy, k=min(13, len(xy)))
+    distance, index = (np.asarray(part) for part in tree.query(xy, k=min(13, len(xy))))
     bonds = (xy[index[:, 1:]] - xy[:, None, :]).reshape(-1, 2)
     length = distance[:, 1:].reshape(-1)
     pitch = float(np.median(distance[:, 1]))
@@ -121,10 +131,11 @@ def resolve_mpp(
     platform: str | Platform | None = None,
     array_positions: ArrayLike | None = None,
 ) -> Scale:
-    """Find µm per pixel, in the order argument, metadata, spot diameter, pitch; a regular lattice overrules all but the argument.
+    """Find µm per pixel: by the argument, a regular lattice, the metadata, the diameter of a spot, in this order.
 
-    A hexagonal lattice is Visium's (100 µm). A square one is taken as ST (200 µm, or 141 µm where ``array_positions`` show the
-    "2k" array) with a warning, unless ``platform`` names it. Contradictions of more than 5 % are told by a warning.
+    A hexagonal lattice is Visium's (100 µm). A square one is taken as ST (200 µm, or 141 µm where ``array_positions``
+    show the "2k" array) with a warning, unless ``platform`` names it. Contradictions of more than 5 % are told by a
+    warning.
 
     Parameters
     ----------
@@ -239,8 +250,9 @@ def _told(source: str, lattice: Lattice, row: Platform | None) -> str:
 def default_tile_um(scale: Scale, platform: str | Platform | None = None) -> tuple[float, float]:
     """Return the sides of the spot tile and of the niche tile in µm.
 
-    The spot tile is the spot's diameter. The niche tile is the square that holds the spot and its niche whichever way the lattice
-    is turned: one pitch to either side and half a spot beyond, ``2 * pitch + diameter`` (Visium 255 µm, ST 500 µm).
+    The spot tile is the spot's diameter. The niche tile is the square that holds the spot and its niche whichever way
+    the lattice is turned: one pitch to either side and half a spot beyond, ``2 * pitch + diameter`` (Visium 255 µm, ST
+    500 µm).
 
     Parameters
     ----------
@@ -260,7 +272,9 @@ def default_tile_um(scale: Scale, platform: str | Platform | None = None) -> tup
     """
     row = platform if platform is not None else scale.platform
     if row is None:
-        msg = 'The tile sizes are not known without a platform. Pass spot_um= and niche_um=, or platform= (such as "Visium").'
+        msg = (
+            'Tile sizes are not known without a platform: pass spot_um= and niche_um=, or platform= (such as "Visium").'
+        )
         raise InputError(msg)
     found = get_platform(row)
     return found.spot_um, found.niche_um

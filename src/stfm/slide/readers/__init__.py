@@ -21,14 +21,15 @@ _VERSION = "v1"  # of the layout of kept pyramids
 def open_image(image: Any, *, cache: bool = True) -> ImageSource:
     """Open whatever holds an H&E image.
 
-    A TIFF, PNG or JPEG file is decoded once and kept as a tiled pyramid (zarr, lz4) in ``settings.cache_dir / "images"`` under
-    the hash of its bytes; from then on only the blocks that are looked at are read.
+    A TIFF, PNG or JPEG file is decoded once and kept as a tiled pyramid (zarr, lz4) in
+    ``settings.cache_dir / "images"`` under the hash of its bytes; from then on only the blocks that are looked at are
+    read.
 
     Parameters
     ----------
     image
-        Array ``(h, w, 3)`` or ``(3, h, w)`` (uint8, or float in 0..1), Pillow image, zarr array or group, path of a zarr, TIFF,
-        PNG or JPEG, or an object that already is an :class:`ImageSource`.
+        Array ``(h, w, 3)`` or ``(3, h, w)`` (uint8, or float in 0..1), Pillow image, zarr array or group, path of a
+        zarr, TIFF, PNG or JPEG, or an object that already is an :class:`ImageSource`.
     cache
         Keep decoded files on disk; False decodes into memory.
 
@@ -92,7 +93,8 @@ def _open_path(path: Path, *, cache: bool) -> ImageSource:
     if path.is_dir():
         return ZarrSource(path)
     if path.suffix.lower() not in SUFFIXES:
-        msg = f"Images of kind {path.suffix or 'unknown'!r} are not read ({str(path)!r}); give zarr, {', '.join(SUFFIXES)}."
+        kinds = ", ".join(SUFFIXES)
+        msg = f"Images of kind {path.suffix or 'unknown'!r} are not read ({str(path)!r}); give a zarr or {kinds}."
         raise InputError(msg)
     if not cache:
         with decoded(path) as (_, bands, mpp):

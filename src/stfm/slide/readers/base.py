@@ -19,8 +19,8 @@ THUMBNAIL_PX = 512
 class ImageSource(Protocol):
     """An H&E image, whole or as a pyramid, that is read piece by piece.
 
-    ``shape`` is height and width of level 0, ``downsamples`` how many px of level 0 make a px of each level (1 first, then
-    growing), ``mpp`` µm per px of level 0 by the file's own metadata.
+    ``shape`` is height and width of level 0, ``downsamples`` how many px of level 0 make a px of each level (1 first,
+    then growing), ``mpp`` µm per px of level 0 by the file's own metadata.
     """
 
     name: str
@@ -62,8 +62,8 @@ def channels_last(shape: tuple[int, ...], *, what: str) -> bool:
 def to_rgb(pixels: NDArray[np.generic], *, what: str) -> NDArray[np.uint8]:
     """Return an image as C-contiguous uint8 ``(h, w, 3)``.
 
-    Grey becomes three equal channels, transparency is laid on white, floats in 0..1 are scaled. Other types are refused:
-    which of their values is white cannot be known.
+    Grey becomes three equal channels, transparency is laid on white, floats in 0..1 are scaled. Other types are
+    refused: which of their values is white cannot be known.
     """
     if pixels.ndim == 2:
         pixels = pixels[:, :, None]

@@ -138,11 +138,11 @@ def _ome_mpp(text: str | None) -> float | None:
     """Return ``PhysicalSizeX`` of OME-XML in µm."""
     if not text:
         return None
-    from xml.etree import ElementTree
+    from xml.etree import ElementTree as ET
 
     try:
-        root = ElementTree.fromstring(text)
-    except ElementTree.ParseError:
+        root = ET.fromstring(text)
+    except ET.ParseError:
         return None
     for node in root.iter():
         if node.tag.endswith("Pixels") and "PhysicalSizeX" in node.attrib:

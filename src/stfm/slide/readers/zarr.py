@@ -34,7 +34,8 @@ class ZarrSource:
     Parameters
     ----------
     path
-        Folder of a zarr array ``(h, w, 3)`` or ``(3, h, w)``, of a group with arrays ``0``, ``1``, ... or of an OME-Zarr image.
+        Folder of a zarr array ``(h, w, 3)`` or ``(3, h, w)``, of a group with arrays ``0``, ``1``, ..., or of an
+        OME-Zarr image; or an open zarr array or group.
     kept_bytes
         Decoded blocks are kept up to this size, the ones used last.
     """
@@ -147,13 +148,17 @@ def _open_levels(path: Any) -> tuple[list[Any], Mapping[str, Any]]:
         levels = [node]
     else:
         multiscales = _multiscales(node.attrs)
-        keys = [d["path"] for d in multiscales["datasets"]] if multiscales else sorted(k for k in node.array_keys() if k.isdigit())
+        if multiscales:
+            keys = [d["path"] for d in multiscales["datasets"]]
+        else:
+            keys = sorted(k for k in node.array_keys() if k.isdigit())
         levels = [node[k] for k in keys if k in node]
         if not levels or len(levels) != len(keys):
             msg = f"zarr group {str(path)!r} has no image: expected arrays '0', '1', ... or OME-Zarr metadata."
             raise DataIntegrityError(msg)
     if any(a.ndim < 3 or any(n != 1 for n in a.shape[:-3]) for a in levels):
-        msg = f"zarr image {str(path)!r} has shape {levels[0].shape}; expected (height, width, 3) or (3, height, width)."
+        shape = levels[0].shape
+        msg = f"zarr image {str(path)!r} has shape {shape}; expected (height, width, 3) or (3, height, width)."
         raise InputError(msg)
     return levels, dict(node.attrs)
 
@@ -176,7 +181,12 @@ def _ome_mpp(attrs: Mapping[str, Any]) -> float | None:
 
 
 def write_pyramid(
-    target: Path, bands: Iterable[NDArray[np.uint8]], shape: tuple[int, int], *, fingerprint: str, mpp: float | None = None
+    target: Path,
+    bands: Iterable[NDArray[np.uint8]],
+    shape: tuple[int, int],
+    *,
+    fingerprint: str,
+    mpp: float | None = None,
 ) -> None:
     """Write an image as a tiled pyramid, whole or not at all.
 
