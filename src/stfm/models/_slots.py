@@ -75,7 +75,7 @@ def as_choice(slot: str, value: Any, modality: str) -> EncoderChoice | None:
         msg = f"{slot} takes the name of an encoder or an EncoderChoice, got {type(value).__name__}."
         raise WrongTypeError(msg)
     if value.modality != modality:
-        msg = f"{slot} takes a {modality} encoder, and {value.name!r} reads {value.modality}s."
+        msg = f"{slot} needs an encoder of {modality}s, and {value.name!r} reads {value.modality}s."
         raise InputError(msg)
     return value
 

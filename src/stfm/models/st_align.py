@@ -166,10 +166,13 @@ class STAlign(Model):
 
     def _freeze_untrained(self) -> None:
         """Take out of training what no loss reaches, which distributed training would refuse."""
-        for level in self.levels.values():
-            for name, parameter in cast("Level", level).fusion.named_parameters():
-                stand_in = name in ("no_image", "no_gene") and self.plan.modality_dropout == 0
-                if stand_in or self.plan.loss_weights["spot_niche"] == 0:
+        weights = self.plan.loss_weights
+        for name, level in self.levels.items():
+            if weights[name] == 0 and weights["spot_niche"] == 0:
+                level.requires_grad_(False)
+            for part, parameter in cast("Level", level).fusion.named_parameters():
+                stand_in = part in ("no_image", "no_gene") and self.plan.modality_dropout == 0
+                if stand_in or weights["spot_niche"] == 0:
                     parameter.requires_grad = False
 
     @property

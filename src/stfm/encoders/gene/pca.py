@@ -83,7 +83,8 @@ class PrincipalComponents(nn.Module):
         ridge = (self.noise / self.deviation.square()).clamp(1e-6, 1e6).float()
         latent = torch.linalg.solve(gram + torch.diag(ridge), projected.T.float())
         absent = (torch.eye(len(gram), device=gram.device) - gram) @ latent
-        return projected + absent.T.to(projected.dtype)
+        scores: Tensor = projected + absent.T.to(projected.dtype)
+        return scores
 
 
 def _subspace(z: Tensor, rank: int) -> tuple[Tensor, Tensor]:
