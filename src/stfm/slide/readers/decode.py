@@ -91,12 +91,15 @@ def _check_size(path: Path, n_px: int) -> None:
 
 def _pillow_bands(image: Any, path: Path) -> Iterator[NDArray[np.uint8]]:
     """Yield bands as RGB, so that no second copy of the whole image is made."""
+    from PIL import Image
+
     if image.mode.startswith(("I", "F")):
         msg = f"image {str(path)!r} has {image.mode} pixels of more than 8 bits; give 8-bit RGB."
         raise InputError(msg)
     mode = "RGBA" if "A" in image.mode or "transparency" in image.info else "RGB"
     for top in range(0, image.height, BLOCK_PX):
-        band = image.crop((0, top, image.width, min(top + BLOCK_PX, image.height)))
+        with _no_pillow_limit(Image):  # which also holds for crops
+            band = image.crop((0, top, image.width, min(top + BLOCK_PX, image.height)))
         yield to_rgb(np.asarray(band if band.mode == mode else band.convert(mode)), what=f"image {str(path)!r}")
 
 

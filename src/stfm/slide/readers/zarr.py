@@ -231,14 +231,15 @@ def write_pyramid(
 
 
 def _level(group: Any, level: int, shape: tuple[int, int]) -> Any:
-    from zarr.codecs import BloscCodec
+    from zarr.codecs import BloscCodec, Crc32cCodec
 
     return group.create_array(
         str(level),
         shape=(*shape, 3),
         chunks=(min(BLOCK_PX, shape[0]), min(BLOCK_PX, shape[1]), 3),
         dtype="uint8",
-        compressors=BloscCodec(cname="lz4", clevel=1, shuffle="noshuffle", typesize=1),
+        # lz4 does not notice damaged bytes, so that each block carries a checksum
+        compressors=(BloscCodec(cname="lz4", clevel=1, shuffle="noshuffle", typesize=1), Crc32cCodec()),
     )
 
 
