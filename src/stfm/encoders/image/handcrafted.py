@@ -85,9 +85,10 @@ class HandcraftedFeatures(nn.Module):
 
     def _texture(self, maps: Tensor) -> Tensor:
         parts = []
+        square = maps.square()
         for window in (3, 7, 15):
-            mean = _box(maps, window)
-            local = (_box(maps.square(), window) - mean.square()).clamp_min(0).sqrt()
+            mean = _windows(maps, window)
+            local = (_windows(square, window) - mean.square()).clamp_min(0).sqrt()
             parts.append(local.mean(dim=(2, 3)))
             if window == 7:
                 parts.append(_deviation(local))
@@ -112,7 +113,8 @@ class HandcraftedFeatures(nn.Module):
         xx, yy = dx.square().mean(dim=(2, 3)), dy.square().mean(dim=(2, 3))
         xy = (dx * dy).mean(dim=(2, 3))
         coherence = ((xx - yy).square() + 4 * xy.square() + EPS**2).sqrt() / (xx + yy + EPS)
-        blobs = _box(stains[:, :1], 3) - _box(stains[:, :1], 9)
+        fine = F.avg_pool2d(stains[:, :1], 3, ceil_mode=True)
+        blobs = fine - F.avg_pool2d(fine, 3, stride=1, padding=1, count_include_pad=False)  # 3 px against 9 px
         h, w = grey.shape[-2:]
         shown = torch.cat([stains[:, :2], density.mean(dim=1, keepdim=True)], dim=1)
         centre = shown[..., h // 4 : h - h // 4, w // 4 : w - w // 4]
@@ -129,12 +131,14 @@ def _inverse3(m: Tensor) -> Tensor:
 
 
 def _deviation(maps: Tensor) -> Tensor:
-    return maps.flatten(2).std(dim=2, correction=0)
+    x = maps.flatten(2)
+    return (x - x.mean(dim=2, keepdim=True)).square().mean(dim=2).sqrt()
 
 
-def _box(maps: Tensor, window: int) -> Tensor:
-    """Mean over a square window; at the border over what lies inside."""
-    return F.avg_pool2d(maps, window, stride=1, padding=window // 2, count_include_pad=False)
+def _windows(maps: Tensor, window: int) -> Tensor:
+    """Means over square windows that overlap by half."""
+    window = min(window, *maps.shape[-2:])
+    return F.avg_pool2d(maps, window, stride=window // 2)
 
 
 def _correlation(a: Tensor, b: Tensor) -> Tensor:
