@@ -1,4 +1,4 @@
-"""build_niches on AnnData: slots, units, neighbours of the ecosystem, and bad input that leaves the object as it was."""
+"""build_niches on AnnData: slots, units, the ecosystem, and bad input that leaves the object as it was."""
 
 from __future__ import annotations
 

@@ -81,6 +81,55 @@ def scatter(
 
 
 @njit
+def scan(
+    points: NDArray[np.float64],
+    ids: NDArray[np.int32],
+    p: int,
+    lo: int,
+    hi: int,
+    limit2: float,
+    d2s: NDArray[np.float64],
+    found: NDArray[np.int32],
+    m: int,
+) -> int:
+    """Look at the points lo..hi for point `p`; return how many candidates it then holds."""
+    capacity = d2s.shape[0]
+    x, y = points[p, 0], points[p, 1]
+    worst = d2s[capacity - 1] if m == capacity else limit2
+    for q in range(lo, hi):
+        dx = points[q, 0] - x
+        dy = points[q, 1] - y
+        d2 = dx * dx + dy * dy
+        if d2 > worst or q == p:
+            continue
+        if m == capacity and d2 == worst and ids[q] > found[m - 1]:
+            continue
+        m = insert(d2s, found, m, d2, ids[q])
+        if m == capacity:
+            worst = d2s[m - 1]
+    return m
+
+
+@njit
+def unseen(
+    x: float, y: float, geometry: NDArray[np.float64], shape: NDArray[np.int64], cx: int, cy: int, r: int
+) -> float:
+    """Distance within which every point lies in the cells up to `r` around the cell of (x, y)."""
+    x0, y0, h = geometry[0], geometry[1], geometry[2]
+    least = np.inf
+    if cx - r > 0:
+        least = min(least, x - (x0 + (cx - r) * h))
+    if cx + r < shape[0] - 1:
+        least = min(least, x0 + (cx + r + 1) * h - x)
+    if cy - r > 0:
+        least = min(least, y - (y0 + (cy - r) * h))
+    if cy + r < shape[1] - 1:
+        least = min(least, y0 + (cy + r + 1) * h - y)
+    # a point may lie a rounding error outside the cell it was counted in
+    return float(max(least - 1e-6 * h, 0.0))
+
+
+@njit
 def query(
     points: NDArray[np.float64],
     ids: NDArray[np.int32],
@@ -92,7 +141,7 @@ def query(
     k: int,
     limit2: float,
     tolerance: float,
-    keep_all: np.bool_,
+    keep_all: bool,  # noqa: FBT001
     index: NDArray[np.int32],
     distance: NDArray[np.float32],
     short: NDArray[np.bool_],
@@ -100,52 +149,26 @@ def query(
     """Niches of the queued points (positions in cell order), written into the rows of their ids."""
     d2s = np.empty(capacity)
     found = np.empty(capacity, np.int32)
-    x0, y0, h, inverse = geometry[0], geometry[1], geometry[2], geometry[3]
     nx, ny = shape[0], shape[1]
-    slack = 1e-6 * h  # a point may lie a rounding error outside the cell it was counted in
     for p in queue:
         x, y = points[p, 0], points[p, 1]
-        cx = cell_of(x, x0, inverse, nx)
-        cy = cell_of(y, y0, inverse, ny)
+        cx = cell_of(x, geometry[0], geometry[3], nx)
+        cy = cell_of(y, geometry[1], geometry[3], ny)
         m = 0
         r = 1
         while True:
-            left, right = max(cx - r, 0), min(cx + r, nx - 1)
-            low, high = max(cy - r, 0), min(cy + r, ny - 1)
-            for row in range(low, high + 1):
-                # the first look takes the whole 3 x 3 block, later ones only the ring around what was seen
-                whole = r == 1 or row == cy - r or row == cy + r
-                parts = 1 if whole else 2
-                for part in range(parts):
-                    if whole:
-                        a, b = left, right
-                    elif part == 0:
-                        a, b = cx - r, cx - r
-                        if a < 0:
-                            continue
-                    else:
-                        a, b = cx + r, cx + r
-                        if a >= nx:
-                            continue
-                    for q in range(starts[row * nx + a], starts[row * nx + b + 1]):
-                        dx = points[q, 0] - x
-                        dy = points[q, 1] - y
-                        d2 = dx * dx + dy * dy
-                        if q == p or d2 > limit2:
-                            continue
-                        if m == capacity and (d2 > d2s[m - 1] or (d2 == d2s[m - 1] and ids[q] > found[m - 1])):
-                            continue
-                        m = insert(d2s, found, m, d2, ids[q])
-            seen = np.inf  # nothing nearer than this is still unseen
-            if left > 0:
-                seen = min(seen, x - (x0 + left * h))
-            if right < nx - 1:
-                seen = min(seen, x0 + (right + 1) * h - x)
-            if low > 0:
-                seen = min(seen, y - (y0 + low * h))
-            if high < ny - 1:
-                seen = min(seen, y0 + (high + 1) * h - y)
-            seen = max(seen - slack, 0.0)
+            for row in range(max(cy - r, 0), min(cy + r, ny - 1) + 1):
+                first = row * nx
+                if r == 1 or row == cy - r or row == cy + r:
+                    # whole rows of cells: the first 3 x 3 block, later the top and bottom of the ring around it
+                    lo, hi = starts[first + max(cx - r, 0)], starts[first + min(cx + r, nx - 1) + 1]
+                    m = scan(points, ids, p, lo, hi, limit2, d2s, found, m)
+                    continue
+                if cx - r >= 0:
+                    m = scan(points, ids, p, starts[first + cx - r], starts[first + cx - r + 1], limit2, d2s, found, m)
+                if cx + r < nx:
+                    m = scan(points, ids, p, starts[first + cx + r], starts[first + cx + r + 1], limit2, d2s, found, m)
+            seen = unseen(x, y, geometry, shape, cx, cy, r)
             if seen * seen > reach(d2s, m, k, tolerance, limit2) or seen == np.inf:
                 break
             r += 1
@@ -235,7 +258,10 @@ class Grid:
             self.shape,
             blocks,
             capacity,
-            *rule,
+            rule.k,
+            rule.limit2,
+            rule.tolerance,
+            rule.keep_all,
             index,
             distance,
             short,

@@ -52,7 +52,7 @@ def reach(d2s: NDArray[np.float64], m: int, k: int, tolerance: float, limit2: fl
     far = d2s[k - 1]
     if tolerance > 0.0:
         far = (np.sqrt(far) + tolerance) ** 2
-    return min(far, limit2)
+    return float(min(far, limit2))
 
 
 @njit
@@ -62,7 +62,7 @@ def write_row(
     m: int,
     k: int,
     tolerance: float,
-    keep_all: np.bool_,
+    keep_all: bool,  # noqa: FBT001
     index: NDArray[np.int32],
     distance: NDArray[np.float32],
 ) -> bool:
@@ -76,7 +76,7 @@ def write_row(
         for t in range(m):
             index[t] = ids[t]
             distance[t] = np.sqrt(d2s[t])
-        return m < capacity or capacity == k
+        return bool(m < capacity or capacity == k)
     if tolerance == 0.0 and not keep_all:
         for t in range(k):
             index[t] = ids[t]

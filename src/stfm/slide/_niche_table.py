@@ -34,12 +34,12 @@ class NicheTable:
     @property
     def n_obs(self) -> int:
         """Number of spots."""
-        return self.index.shape[0]
+        return len(self.index)
 
     @property
     def k(self) -> int:
         """Number of columns: the largest number of neighbours asked for or found."""
-        return self.index.shape[1]
+        return int(self.index.shape[1])
 
     @property
     def degree(self) -> NDArray[np.int64]:
@@ -58,8 +58,8 @@ class NicheTable:
     def to_csr(self, *, copy: bool = True) -> tuple[sp.csr_matrix, sp.csr_matrix]:
         """Return connectivities (weight 1) and distances, float32 CSR ``(n, n)``, neighbours in their order.
 
-        A neighbour at distance 0 is a stored zero in the distances. With ``copy=False`` the distances may share the memory of
-        the table.
+        A neighbour at distance 0 is a stored zero in the distances. With ``copy=False`` the distances may share the
+        memory of the table.
         """
         there = self.index >= 0
         n, k = self.index.shape

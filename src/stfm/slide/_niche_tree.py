@@ -134,68 +134,85 @@ def scan(
 
 
 @njit
+def walk(
+    points: NDArray[np.float64],
+    ids: NDArray[np.int32],
+    boxes: NDArray[np.float64],
+    leaf: int,
+    branch: int,
+    stack: NDArray[np.int64],
+    k: int,
+    limit2: float,
+    tolerance: float,
+    d2s: NDArray[np.float64],
+    found: NDArray[np.int32],
+    held: NDArray[np.int64],
+    need: NDArray[np.float64],
+) -> None:
+    """Look below one branch for the points of a leaf that still need it."""
+    n, dims = points.shape
+    leaves = boxes.shape[0] >> 1
+    lo, hi = n * leaf // leaves, n * (leaf + 1) // leaves
+    own = boxes[leaves + leaf]
+    most = need[: hi - lo].max()
+    stack[0] = branch
+    top = 1
+    while top:
+        top -= 1
+        node = stack[top]
+        if box_gap2(own, boxes[node], dims) > most:
+            continue
+        if node < leaves:
+            one, two = 2 * node, 2 * node + 1
+            if box_gap2(own, boxes[one], dims) < box_gap2(own, boxes[two], dims):
+                one, two = two, one
+            stack[top] = one
+            stack[top + 1] = two
+            top += 2
+            continue
+        a, b = n * (node - leaves) // leaves, n * (node - leaves + 1) // leaves
+        for p in range(lo, hi):
+            s = p - lo
+            if point_gap2(points, p, boxes[node], dims) <= need[s]:
+                held[s] = scan(points, ids, p, a, b, limit2, d2s[s], found[s], held[s])
+                need[s] = reach(d2s[s], held[s], k, tolerance, limit2)
+        most = need[: hi - lo].max()
+
+
+@njit
 def query(
     points: NDArray[np.float64],
     ids: NDArray[np.int32],
     boxes: NDArray[np.float64],
-    leaves: NDArray[np.int32],
+    queue: NDArray[np.int32],
     capacity: int,
     k: int,
     limit2: float,
     tolerance: float,
-    keep_all: np.bool_,
+    keep_all: bool,  # noqa: FBT001
     index: NDArray[np.int32],
     distance: NDArray[np.float32],
     short: NDArray[np.bool_],
 ) -> None:
     """Niches of all points of the given leaves; the points of a leaf walk the tree together."""
-    n, dims = points.shape
-    first_leaf = boxes.shape[0] >> 1
-    depth = 0
-    while (1 << depth) < first_leaf:
-        depth += 1
-    widest = (n >> depth) + 1
+    n = points.shape[0]
+    leaves = boxes.shape[0] >> 1
+    widest = n // leaves + 1
     d2s = np.empty((widest, capacity))
     found = np.empty((widest, capacity), np.int32)
     held = np.empty(widest, np.int64)
     need = np.empty(widest)
-    stack = np.empty(2 * depth + 2, np.int64)
-    for leaf in leaves:
-        lo, hi = (n * leaf) >> depth, (n * (leaf + 1)) >> depth
-        own = boxes[first_leaf + leaf]
-        most = 0.0
+    stack = np.empty(64, np.int64)  # two a level, of at most 31
+    for leaf in queue:
+        lo, hi = n * leaf // leaves, n * (leaf + 1) // leaves
         for p in range(lo, hi):
             s = p - lo
             held[s] = scan(points, ids, p, lo, hi, limit2, d2s[s], found[s], 0)
             need[s] = reach(d2s[s], held[s], k, tolerance, limit2)
-            most = max(most, need[s])
-        up = first_leaf + leaf
-        while up > 1:
-            stack[0] = up ^ 1  # the nearest part of the tree first: siblings on the way to the root
-            top = 1
+        up = leaves + leaf
+        while up > 1:  # the nearest part of the tree first: siblings on the way to the root
+            walk(points, ids, boxes, leaf, up ^ 1, stack, k, limit2, tolerance, d2s, found, held, need)
             up >>= 1
-            while top:
-                top -= 1
-                node = stack[top]
-                if box_gap2(own, boxes[node], dims) > most:
-                    continue
-                if node < first_leaf:
-                    one, two = 2 * node, 2 * node + 1
-                    if box_gap2(own, boxes[one], dims) < box_gap2(own, boxes[two], dims):
-                        one, two = two, one
-                    stack[top] = one
-                    stack[top + 1] = two
-                    top += 2
-                    continue
-                j = node - first_leaf
-                most = 0.0
-                for p in range(lo, hi):
-                    s = p - lo
-                    if point_gap2(points, p, boxes[node], dims) <= need[s]:
-                        a, b = (n * j) >> depth, (n * (j + 1)) >> depth
-                        held[s] = scan(points, ids, p, a, b, limit2, d2s[s], found[s], held[s])
-                        need[s] = reach(d2s[s], held[s], k, tolerance, limit2)
-                    most = max(most, need[s])
         for p in range(lo, hi):
             i = ids[p]
             s = p - lo
@@ -254,7 +271,20 @@ class Tree:
         short: NDArray[np.bool_],
     ) -> None:
         """Write the niches of all points of some leaves; mark positions where `capacity` was too small."""
-        query(self.points, self.ids, self.boxes, blocks, capacity, *rule, index, distance, short)
+        query(
+            self.points,
+            self.ids,
+            self.boxes,
+            blocks,
+            capacity,
+            rule.k,
+            rule.limit2,
+            rule.tolerance,
+            rule.keep_all,
+            index,
+            distance,
+            short,
+        )
 
 
 def _grow(
