@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING
 from uuid import uuid4
 
 import numpy as np
@@ -20,7 +21,7 @@ from stfm.inference.readahead import read_ahead
 from stfm.inference.stream import reading_order
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -36,6 +37,8 @@ LEVELS = ("spot", "niche")
 #: changes when features of the same inputs would come out otherwise
 _FORMAT = 1
 _AHEAD = 2
+#: rows hashed at once
+_HASHED = 8192
 
 
 def use_frozen_features(
@@ -110,19 +113,24 @@ def image_features(
 
     Returns
     -------
-    float32 ``(n, f)``, spots in their order.
+    float32 ``(n, f)``, spots in their order; read from the disk as they are needed where they are kept there.
     """
-    path = None
-    if cache:
-        key = feature_key(inputs, fingerprint or encoder_fingerprint(encoder), level, precision)
-        path = settings.cache_dir / "features" / f"{key}.npy"
-        kept = _read(path, inputs.n_obs)
-        if kept is not None:
-            return kept
-    features = _compute(inputs, encoder, level, batch_size, resolve_device(device), precision)
-    if path is not None:
-        _write(path, features)
-    return features
+    where = resolve_device(device)
+    if not cache:
+        return _compute(inputs, encoder, level, batch_size, where, precision, _in_memory)
+    key = feature_key(inputs, fingerprint or encoder_fingerprint(encoder), level, precision)
+    path = settings.cache_dir / "features" / f"{key}.npy"
+    kept = _read(path, inputs.n_obs)
+    if kept is not None:
+        return kept
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f"{path.name}.{uuid4().hex}.tmp")
+    try:
+        features = _compute(inputs, encoder, level, batch_size, where, precision, partial(_on_disk, new))
+        _keep(new, path, features)
+    finally:
+        new.unlink(missing_ok=True)
+    return _open(path)
 
 
 def encoder_fingerprint(encoder: torch.nn.Module) -> str:
@@ -158,8 +166,28 @@ def feature_key(inputs: SlideInputs, fingerprint: str, level: str, precision: st
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
 
+def _in_memory(shape: tuple[int, int]) -> NDArray[np.float32]:
+    return np.empty(shape, np.float32)
+
+
+def _on_disk(path: Path, shape: tuple[int, int]) -> NDArray[np.float32]:
+    """Return an array that lives in a file, so that features of millions of spots need no memory."""
+    return np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+
+
+def _open(path: Path) -> NDArray[np.float32]:
+    features: NDArray[np.float32] = np.load(path, mmap_mode="r", allow_pickle=False)
+    return features
+
+
 def _compute(
-    inputs: SlideInputs, encoder: torch.nn.Module, level: str, batch_size: int, device: torch.device, precision: str
+    inputs: SlideInputs,
+    encoder: torch.nn.Module,
+    level: str,
+    batch_size: int,
+    device: torch.device,
+    precision: str,
+    allocate: Callable[[tuple[int, int]], NDArray[np.float32]],
 ) -> NDArray[np.float32]:
     order = reading_order(inputs)
     result: NDArray[np.float32] | None = None
@@ -177,7 +205,7 @@ def _compute(
         for indices, pixels in read_ahead(tiles(), depth=_AHEAD):
             values = encoder(pixels.to(device)).float().cpu().numpy()
             if result is None:
-                result = np.empty((inputs.n_obs, values.shape[1]), np.float32)
+                result = allocate((inputs.n_obs, values.shape[1]))
             result[indices] = values
             advance(len(indices))
     if result is None:
@@ -193,7 +221,7 @@ def _read(path: Path, n_obs: int) -> NDArray[np.float32] | None:
         return None
     try:
         expected = json.loads(beside.read_text(encoding="utf-8"))["sha256"]
-        features: NDArray[np.float32] = np.load(path, allow_pickle=False)
+        features = _open(path)
         whole = _sha256(features) == expected and len(features) == n_obs
     except (OSError, ValueError, KeyError, EOFError) as error:
         logger.info("%s: %s", path, error)
@@ -207,19 +235,19 @@ def _read(path: Path, n_obs: int) -> NDArray[np.float32] | None:
     return features
 
 
-def _write(path: Path, features: NDArray[np.float32]) -> None:
-    """Write features and their hash; each file appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unique = f".{uuid4().hex}.tmp"
-    new, beside = path.with_name(path.name + unique), path.with_suffix(".json")
-    with new.open("wb") as file:
-        np.save(file, features, allow_pickle=False)
-    new_beside = beside.with_name(beside.name + unique)
-    content: dict[str, Any] = {"sha256": _sha256(features), "shape": list(features.shape)}
-    new_beside.write_text(json.dumps(content), encoding="utf-8")
+def _keep(new: Path, path: Path, features: NDArray[np.float32]) -> None:
+    """Move features to their place with their hash beside them; a file is there whole or not at all."""
+    if isinstance(features, np.memmap):
+        features.flush()
+    beside = path.with_suffix(".json")
+    new_beside = new.with_suffix(".json")
+    new_beside.write_text(json.dumps({"sha256": _sha256(features), "shape": list(features.shape)}), encoding="utf-8")
     new.replace(path)
     new_beside.replace(beside)
 
 
 def _sha256(features: NDArray[np.float32]) -> str:
-    return hashlib.sha256(np.ascontiguousarray(features).tobytes()).hexdigest()
+    digest = hashlib.sha256()
+    for start in range(0, len(features), _HASHED):
+        digest.update(np.ascontiguousarray(features[start : start + _HASHED]).tobytes())
+    return digest.hexdigest()

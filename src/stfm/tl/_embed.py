@@ -40,7 +40,7 @@ def embed(
     layer: str | None = None,
     image: Any = None,
     mpp: float | Mapping[str, float] | None = None,
-    cache_features: bool = False,
+    cache_features: bool = True,
     key_added: str = EMBEDDING,
     copy: bool = False,
 ) -> AnnData | None:
@@ -72,7 +72,7 @@ def embed(
     mpp
         µm per px of the full-resolution image, where it is not to be found; or a mapping from library to it.
     cache_features
-        Whether to keep the features of frozen image encoders on disk for the next time.
+        Whether to keep the features of frozen image encoders on disk, and use those that training left there.
     key_added
         Name of the embedding.
     copy

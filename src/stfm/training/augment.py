@@ -82,14 +82,14 @@ def drop_genes(batch: Batch, share: float, rng: np.random.Generator) -> Batch:
 def augment(batch: Batch, recipe: Recipe, rng: np.random.Generator) -> Batch:
     """Return a batch with turned tiles, other stains and fewer genes, as the recipe says."""
     size = len(batch)
-    changed = {name: t for name in ("spot_tiles", "niche_tiles") if (t := getattr(batch, name)) is not None}
-    if recipe.flips and changed:
+    tiles = {name: t for name in ("spot_tiles", "niche_tiles") if (t := getattr(batch, name)) is not None}
+    if recipe.flips and tiles:
         which = torch.from_numpy(rng.integers(0, _N_TURNS, size))
-        changed = {name: turn(tiles, which) for name, tiles in changed.items()}
-    if recipe.stain_jitter > 0 and changed:
+        batch = replace(batch, **{name: turn(t, which) for name, t in tiles.items()})
+    if recipe.stain_jitter > 0 and tiles:
         scale = torch.from_numpy(rng.uniform(1 - recipe.stain_jitter, 1 + recipe.stain_jitter, (size, 3)))
-        changed = {name: jitter_stain(tiles, scale) for name, tiles in changed.items()}
-    return drop_genes(replace(batch, **changed) if changed else batch, recipe.gene_dropout, rng)
+        batch = replace(batch, **{name: jitter_stain(getattr(batch, name), scale) for name in tiles})
+    return drop_genes(batch, recipe.gene_dropout, rng)
 
 
 def thin_counts(slide: Slide, share: float, rng: np.random.Generator) -> Slide:
