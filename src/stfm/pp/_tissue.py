@@ -39,7 +39,8 @@ def otsu(histogram: NDArray[np.int64]) -> int:
     between = np.zeros(len(histogram))
     difference = moment[split] / below[split] - (moment[-1] - moment[split]) / above[split]
     between[split] = below[split] * above[split] * difference**2
-    return int(np.argmax(between))
+    # levels between two separate classes split equally well: the middle one
+    return int(np.flatnonzero(between >= between.max() * (1 - 1e-12)).mean())
 
 
 def on_tissue(mask: NDArray[np.bool_], xy: NDArray[np.float64]) -> NDArray[np.bool_]:

@@ -217,6 +217,8 @@ def _decide(found: dict[str, float], lattice: Lattice, row: Platform | None, *, 
         raise InputError(msg)
     order = ("argument", "unit", "pitch", "metadata", "spot diameter")
     source = next(s for s in order if s in found)
+    if source == "spot diameter":
+        name = name or "Visium"  # what has spot_diameter_fullres
     value = found[source]
     notes = [
         f"by {_told(other, lattice, row)} it would be {found[other]:.3f}"
