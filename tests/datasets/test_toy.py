@@ -43,6 +43,8 @@ def test_slots(tissue, picture):
     assert (tissue.obs["domain"].value_counts() > 8).all()
     fractions = tissue.obsm["cell_type_fractions"]
     np.testing.assert_allclose(fractions.sum(axis=1), 1.0)
+    np.testing.assert_allclose(tissue.varm["cell_type_profiles"].sum(axis=0), 1.0)
+    assert list(tissue.obsm["programme_levels"]) == ["hypoxia", "interferon", "stress", "cycle"]
     assert tissue.var["image_linked"].dtype == bool
     assert not tissue.var["image_linked"][tissue.var["driver"].isin(["hypoxia", "interferon", "filler"])].any()
     assert picture.dtype == np.uint8

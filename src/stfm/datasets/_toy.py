@@ -101,8 +101,11 @@ def toy(
         ``in_tissue``, ``n_cells``; for ``layout="cells"`` also ``cell_type``.
     var
         ``driver`` (cell type or programme behind the gene) and ``image_linked`` (whether the picture shows it).
+    varm
+        ``cell_type_profiles``, DataFrame ``(n_genes, 10)``: expected share of each gene in the RNA of each cell type.
     obsm
-        ``spatial``, float64 ``(n, 2)``, px; ``cell_type_fractions``, DataFrame ``(n, 10)`` (the truth).
+        ``spatial``, float64 ``(n, 2)``, px; ``cell_type_fractions``, DataFrame ``(n, 10)``, and ``programme_levels``,
+        DataFrame ``(n, 4)`` (the truth).
     uns
         ``spatial`` as Space Ranger and squidpy have it, one entry a library; ``stfm_toy``, how the tissue was made.
 
@@ -202,6 +205,7 @@ def _section(
     from anndata import AnnData
 
     from stfm.datasets import _toy_counts as counting
+    from stfm.datasets._toy_genes import PROGRAMMES
     from stfm.datasets._toy_image import render, vary_stain
     from stfm.datasets._toy_tissue import CELL_TYPES, DOMAINS
 
@@ -218,10 +222,8 @@ def _section(
         per_spot = 0.15 * max(float(content.sum(axis=1).mean()), 1.0)
         content = content + per_spot * counting.surroundings(domain)
     section_batch = counting.make_batch(count_rng, len(plan.names), 0.35 * effect)
-    X = counting.draw_counts(
-        count_rng, content * counting.RNA, counting.programme_levels(tissue, yx), plan, [patient.batch, section_batch],
-        depth,
-    )  # fmt: skip
+    levels = counting.programme_levels(tissue, yx)
+    X = counting.draw_counts(count_rng, content * counting.RNA, levels, plan, [patient.batch, section_batch], depth)
     obs = pd.DataFrame(
         {
             "domain": pd.Categorical([DOMAINS[code] for code in domain], categories=list(DOMAINS)),
@@ -240,6 +242,7 @@ def _section(
     adata = AnnData(X, obs=obs, var=pd.DataFrame(index=plan.names))
     fractions = content / np.maximum(content.sum(axis=1, keepdims=True), 1e-12)
     adata.obsm["cell_type_fractions"] = pd.DataFrame(fractions, index=obs.index, columns=list(CELL_TYPES))
+    adata.obsm["programme_levels"] = pd.DataFrame(levels, index=obs.index, columns=list(PROGRAMMES))
     adata.obsm["spatial"] = yx[:, ::-1] / mpp
     entry: dict[str, Any] = {
         "scalefactors": {
@@ -336,6 +339,7 @@ def _join(sections: list[AnnData], plan: GenePlan, record: dict[str, Any]) -> An
     joined.uns["spatial"] = {name: section.uns["spatial"][name] for name, section in zip(names, sections, strict=True)}
     for column in ("patient", "study"):
         joined.obs[column] = pd.Categorical(joined.obs[column])
+    joined.varm["cell_type_profiles"] = pd.DataFrame(plan.profiles.T, index=joined.var_names, columns=list(CELL_TYPES))
     joined.var["driver"] = pd.Categorical(plan.driver)
     joined.var["image_linked"] = np.isin(plan.driver, CELL_TYPES)
     joined.uns["stfm_toy"] = provenance(

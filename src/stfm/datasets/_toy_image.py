@@ -30,7 +30,7 @@ from stfm.datasets._toy_tissue import (
 
 #: side of a pixel of the maps of lumens, fat cells and vessels, in µm
 FINE = 2.0
-_STRIP = 256
+_STRIP = 128
 #: the grain of cytoplasm is kept in bytes, this many steps a standard deviation
 _GRAIN = 36.0
 _ANGLES = 16
@@ -313,9 +313,9 @@ def _densities(maps: dict[str, Array]) -> tuple[Array, Array, Array]:
     eosin = fibrous * (0.62 + 0.20 * waves + 0.14 * fine_waves - 0.16 * maps["loose"])
     eosin += maps["sclerosis"] * (0.98 + 0.09 * np.sin(6.0 * maps["fibre"] + 0.4 * mottle) + 0.04 * grain)
     eosin += nest * (0.50 + 0.09 * grain + 0.06 * mottle) + 0.10 * nest * maps["hypoxic"]
-    eosin += maps["lymphoid"] * (0.30 + 0.10 * grain)
+    eosin += maps["lymphoid"] * (0.34 + 0.08 * grain)
     eosin += maps["adipose"] * 0.62
-    haematoxylin = nest * (0.20 + 0.05 * grain) + maps["lymphoid"] * (0.20 + 0.07 * grain) + 0.05 * fibrous
+    haematoxylin = nest * (0.20 + 0.05 * grain) + maps["lymphoid"] * (0.25 + 0.06 * grain) + 0.05 * fibrous
     haematoxylin += 0.03 * maps["sclerosis"]
     epithelium = maps["epithelium"]
     eosin = eosin * (1.0 - epithelium) + epithelium * (0.66 + 0.08 * grain)
