@@ -267,8 +267,12 @@ def test_wrong_options(changes: dict, message: str, vocabulary):
 
 
 def test_wrong_kinds_of_choices(vocabulary):
-    with pytest.raises(WrongTypeError, match="name of an encoder or an EncoderChoice"):
+    with pytest.raises(WrongTypeError, match="name of an encoder, a mapping or an EncoderChoice"):
         make(vocabulary, spot_image=3)
+    with pytest.raises(InputError, match="no entry 'weight'. Did you mean 'weights'"):
+        make(vocabulary, niche_image={"name": "uni", "weight": "file"})
+    with pytest.raises(InputError, match="needs the 'name' of an encoder"):
+        make(vocabulary, niche_image={"weights": "file"})
     with pytest.raises(InputError, match="one level at least"):
         make(vocabulary, spot_image=None, spot_gene=None, niche_image=None, niche_gene=None)
 

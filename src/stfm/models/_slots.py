@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from stfm._errors import InputError, StfmWarning, WrongTypeError
+from stfm._validate import did_you_mean
 from stfm.encoders.build import build_encoder
 from stfm.encoders.registry import ENCODERS
 
@@ -70,9 +71,16 @@ def as_choice(slot: str, value: Any, modality: str) -> EncoderChoice | None:
     if isinstance(value, str):
         value = EncoderChoice(value)
     elif isinstance(value, Mapping):
+        known = [f.name for f in fields(EncoderChoice)]
+        if unknown := [key for key in value if key not in known]:
+            msg = f"{slot} has no entry {unknown[0]!r}. {did_you_mean(unknown[0], known)}"
+            raise InputError(msg)
+        if "name" not in value:
+            msg = f"{slot} needs the 'name' of an encoder, got {dict(value)}."
+            raise InputError(msg)
         value = EncoderChoice(**value)
     if not isinstance(value, EncoderChoice):
-        msg = f"{slot} takes the name of an encoder or an EncoderChoice, got {type(value).__name__}."
+        msg = f"{slot} takes the name of an encoder, a mapping or an EncoderChoice, got {type(value).__name__}."
         raise WrongTypeError(msg)
     if value.modality != modality:
         msg = f"{slot} needs an encoder of {modality}s, and {value.name!r} reads {value.modality}s."
@@ -101,7 +109,7 @@ def _build(choice: EncoderChoice, vocabulary: Vocabulary | None, *, pretrained: 
     if pretrained and choice.weights is None and ENCODERS.get(choice.name).source == "published":
         msg = (
             f"Encoder {choice.name!r} starts from random weights: its published checkpoint is not part of stfm. "
-            f"Give your own copy with EncoderChoice({choice.name!r}, weights='file.safetensors')."
+            f"Give your own copy in the configuration: {{'name': {choice.name!r}, 'weights': 'file.safetensors'}}."
         )
         warnings.warn(msg, StfmWarning, stacklevel=6)
     return build_encoder(

@@ -204,7 +204,7 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "plip": ("PLIP baseline: the same with PLIP's tower", {"image": EncoderChoice("plip-vit-b32")}),
     "clip-small": (
         "CLIP-like baseline for two cores: a small residual network at 56 px",
-        {"image": EncoderChoice("resnet-small"), "image_px": 56},
+        {"image": EncoderChoice("resnet-small", options={"stem": "imagenet"}), "image_px": 56},
     ),
     "plip-small": (
         "PLIP-like baseline for two cores: fixed stain and texture features of histology at 112 px",
