@@ -121,13 +121,21 @@ def test_layouts(layout, pitch, depth):
 
 
 def test_single_cells():
-    adata = sf.datasets.toy(n_spots=900, layout="cells", mpp=1.0, rng=2)
+    adata = sf.datasets.toy(n_spots=900, layout="cells", mpp=0.5, rng=2)
     assert adata.n_obs == 900
     assert (adata.obs["n_cells"] == 1).all()
     assert (adata.obsm["cell_type_fractions"].to_numpy().max(axis=1) == 1).all()
     assert adata.obs["cell_type"].nunique() >= 8
     assert adata.obs_names.is_unique
-    assert adata.uns["spatial"]["section_1"]["images"]["hires"].ndim == 3
+    picture = adata.uns["spatial"]["section_1"]["images"]["hires"]
+    xy = adata.obsm["spatial"]  # µm
+    assert (xy * 2 < picture.shape[1::-1]).all()
+    assert np.ptp(xy[:, 0]) * 2 > picture.shape[1] - 4 * 125 * 2
+    (slide,) = sf.slide.as_slides(adata)
+    assert (slide.mpp, slide.platform) == (1.0, "Xenium")
+    nuclei = slide.tiles.read(np.arange(900), size_um=6.0, size_px=6)
+    around = slide.tiles.read(np.arange(900), size_um=40.0, size_px=40)
+    assert nuclei[..., 0].mean() < around[..., 0].mean() - 25  # every cell sits on its nucleus
 
 
 @pytest.mark.parametrize("n_spots", [1, 2, 7])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -36,7 +36,7 @@ class _Lattice:
 _LAYOUTS = {
     "visium": _Lattice("Visium", 100.0, 55.0, 2500.0, 100.0 * 100.0 * np.sqrt(3) / 2),
     "st": _Lattice("ST", 200.0, 100.0, 4000.0, 200.0 * 200.0),
-    "cells": _Lattice("", 0.0, 10.0, 250.0, 1e6 / 3300.0),
+    "cells": _Lattice("Xenium", 0.0, 10.0, 250.0, 1e6 / 3300.0),
 }
 _MARGIN_UM = 120.0
 
@@ -82,7 +82,7 @@ def toy(
     image
         Whether to render the picture.
     mpp
-        µm per px of the picture and of the coordinates.
+        µm per px of the picture.
     batch_effect, stain_shift
         Strength of the differences between patients and sections in counts and in colours; 0 for none.
     as_
@@ -104,8 +104,8 @@ def toy(
     varm
         ``cell_type_profiles``, DataFrame ``(n_genes, 10)``: expected share of each gene in the RNA of each cell type.
     obsm
-        ``spatial``, float64 ``(n, 2)``, px; ``cell_type_fractions``, DataFrame ``(n, 10)``, and ``programme_levels``,
-        DataFrame ``(n, 4)`` (the truth).
+        ``spatial``, float64 ``(n, 2)``, px (µm for ``layout="cells"``, as Xenium has it); the truth:
+        ``cell_type_fractions``, DataFrame ``(n, 10)``, and ``programme_levels``, DataFrame ``(n, 4)``.
     uns
         ``spatial`` as Space Ranger and squidpy have it, one entry a library; ``stfm_toy``, how the tissue was made.
 
@@ -243,14 +243,15 @@ def _section(
     fractions = content / np.maximum(content.sum(axis=1, keepdims=True), 1e-12)
     adata.obsm["cell_type_fractions"] = pd.DataFrame(fractions, index=obs.index, columns=list(CELL_TYPES))
     adata.obsm["programme_levels"] = pd.DataFrame(levels, index=obs.index, columns=list(PROGRAMMES))
-    adata.obsm["spatial"] = yx[:, ::-1] / mpp
+    unit = 1.0 if layout == "cells" else mpp  # µm a unit of the coordinates: single-cell platforms write µm
+    adata.obsm["spatial"] = yx[:, ::-1] / unit
     entry: dict[str, Any] = {
         "scalefactors": {
-            "spot_diameter_fullres": kind.diameter_um / mpp,
-            "tissue_hires_scalef": 1.0,
-            "microns_per_pixel": mpp,
+            "spot_diameter_fullres": kind.diameter_um / unit,
+            "tissue_hires_scalef": unit / mpp,
+            "microns_per_pixel": unit,
         },
-        "metadata": {"species": "human", "study": "toy"} | ({"platform": kind.platform} if kind.platform else {}),
+        "metadata": {"platform": kind.platform, "species": "human", "study": "toy"},
     }
     if image:
         stain = vary_stain(image_rng, patient.stain, shift)
@@ -296,9 +297,11 @@ def _place_cells(rng: np.random.Generator, n_cells: int) -> _Places:
     order = np.argsort(-level, kind="stable")[:n_cells]
     if len(order) < n_cells or level[order[-1]] <= 0:
         raise InputError(f"could not place {n_cells} cells; choose another rng or more cells")
-    tissue.outline[:] -= level[order[-1]] - 1e-6
-    tissue.labels[tissue.outline <= 0] = -1
+    threshold = float(level[order[-1]]) - 1e-6
+    rows, columns = _inside(tissue.outline - threshold)
+    tissue, offset = tissue.cut(threshold, rows, columns)
     cells = cells.subset(np.sort(order))
+    cells = replace(cells, yx_um=cells.yx_um - offset)
     array = np.floor(cells.yx_um / STEP).astype(np.int64)
     return _Places(cells.yx_um, array, tissue, cells)
 
@@ -307,11 +310,18 @@ def _crop(outline: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np
     """Cut an outline to its inside and a margin; returns it and how far the corner moved (y, x in µm)."""
     from stfm.datasets._toy_tissue import STEP
 
+    rows, columns = _inside(outline)
+    return outline[rows, columns].copy(), np.array([rows.start, columns.start]) * STEP
+
+
+def _inside(outline: NDArray[np.float32]) -> tuple[slice, slice]:
+    """Rows and columns of a map that hold the tissue and a margin."""
+    from stfm.datasets._toy_tissue import STEP
+
     rows, columns = np.nonzero(outline > 0)
     margin = int(_MARGIN_UM / STEP)
     low = np.maximum([rows.min() - margin, columns.min() - margin], 0)
-    high = [rows.max() + margin + 1, columns.max() + margin + 1]
-    return outline[low[0] : high[0], low[1] : high[1]].copy(), low * STEP
+    return slice(int(low[0]), int(rows.max()) + margin + 1), slice(int(low[1]), int(columns.max()) + margin + 1)
 
 
 def _domain_of(tissue: Tissue, yx_um: NDArray[np.float64], diameter_um: float) -> NDArray[np.int8]:

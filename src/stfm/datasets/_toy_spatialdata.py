@@ -19,7 +19,7 @@ def to_spatialdata(adata: AnnData) -> Any:
     """
     spatialdata = require("spatialdata", extra="spatial")
     models = require("spatialdata.models", extra="spatial")
-    identity = require("spatialdata.transformations", extra="spatial").Identity
+    transformations = require("spatialdata.transformations", extra="spatial")
     images, shapes = {}, {}
     adata = adata.copy()
     spatial = adata.uns.pop("spatial")
@@ -29,13 +29,15 @@ def to_spatialdata(adata: AnnData) -> Any:
     for name, entry in spatial.items():
         rows = np.flatnonzero(library == name)
         adata.obs.iloc[rows, adata.obs.columns.get_loc("instance_id")] = np.arange(len(rows))
-        where = {name: identity()}
+        where = {name: transformations.Identity()}
+        factor = entry["scalefactors"]["tissue_hires_scalef"]
+        to_picture = transformations.Scale([factor, factor], axes=("x", "y"))
         shapes[f"{name}_spots"] = models.ShapesModel.parse(
             adata.obsm["spatial"][rows],
             geometry=0,
             radius=entry["scalefactors"]["spot_diameter_fullres"] / 2,
             index=np.arange(len(rows)),
-            transformations=where,
+            transformations={name: to_picture},
         )
         if "images" in entry:
             images[f"{name}_image"] = models.Image2DModel.parse(

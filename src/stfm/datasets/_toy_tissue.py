@@ -84,6 +84,27 @@ class Tissue:
         columns = np.clip(index[..., 1], 0, values.shape[1] - 1)
         return values[rows, columns]
 
+    def cut(self, threshold: float, rows: slice, columns: slice) -> tuple[Tissue, NDArray[np.float64]]:
+        """Shrink the outline and cut the maps to a window; also returns how far the corner moved (y, x in µm)."""
+        outline = self.outline[rows, columns] - np.float32(threshold)
+        labels = np.where(outline > 0, self.labels[rows, columns], np.int8(-1)).astype(np.int8)
+        offset = np.array([rows.start, columns.start]) * STEP
+
+        def moved(places: NDArray[np.float64]) -> NDArray[np.float64]:
+            return np.column_stack([places[:, :2] - offset, places[:, 2:]])
+
+        tissue = Tissue(
+            size_um=(outline.shape[0] * STEP, outline.shape[1] * STEP),
+            outline=outline,
+            labels=labels,
+            maps={name: values[rows, columns] for name, values in self.maps.items()},
+            glands=moved(self.glands),
+            vessels=moved(self.vessels),
+            follicles=moved(self.follicles),
+            fat=moved(self.fat),
+        )
+        return tissue, offset
+
 
 @dataclass(frozen=True)
 class Cells:
