@@ -32,6 +32,7 @@ nitpicky = True
 html_theme = "sphinx_book_theme"
 html_title = "stfm"
 html_static_path = ["_static"]
+html_css_files = ["custom.css"]
 html_theme_options = {"show_toc_level": 2, "home_page_in_toc": True}
 
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]

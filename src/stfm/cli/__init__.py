@@ -106,7 +106,9 @@ def predict(
     *,
     reference: Annotated[list[str], typer.Option(help="Slide with H&E and counts to learn from; may be repeated.")],
     out: _Out,
-    model: _Model,
+    features: Annotated[str, typer.Option(help="Image features: an encoder, or the folder of a trained model.")] = (
+        "handcrafted"
+    ),
     gene: Annotated[list[str] | None, typer.Option(help="Gene to predict; may be repeated.")] = None,
     layer: _Layer = None,
     image: _Image = None,
@@ -115,4 +117,6 @@ def predict(
     """Predict expression from the H&E image alone and save the slide as .h5ad."""
     from stfm.cli import _commands
 
-    _commands.predict(slide, reference=reference, out=out, model=model, genes=gene, layer=layer, image=image, mpp=mpp)
+    _commands.predict(
+        slide, reference=reference, out=out, features=features, genes=gene, layer=layer, image=image, mpp=mpp
+    )

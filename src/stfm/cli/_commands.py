@@ -61,18 +61,21 @@ def predict(
     *,
     reference: Sequence[str],
     out: Path,
-    model: str,
+    features: str,
     genes: Sequence[str] | None,
     layer: str | None,
     image: Path | None,
     mpp: float | None,
 ) -> None:
     """Predict expression from H&E alone and save the slide."""
-    from stfm import tl
+    from stfm import models, tl
 
     adata = open_slide(slide)
     known = [open_slide(name) for name in reference]
     check_output(out, suffix=".h5ad")
-    tl.predict_expression(adata, known, model=model, genes=genes, layer=layer, image=image, mpp=mpp)
+    source = models.load(features) if Path(features).is_dir() else features
+    tl.predict_expression(
+        adata, reference=known, features=source, genes=genes or None, layer=layer, image=image, mpp=mpp
+    )
     adata.write_h5ad(out)
     _say(f"saved {out}")

@@ -1,0 +1,237 @@
+"""``stfm demo``: the whole way of a slide, measured on tissue that the model has not seen."""
+
+from __future__ import annotations
+
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from stfm._errors import InputError
+from stfm._keys import DOMAIN, EMBEDDING, PREDICTED
+from stfm.cli._report import Report, Row
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    import numpy as np
+    from anndata import AnnData
+    from numpy.typing import NDArray
+    from rich.console import Console
+
+    from stfm.models import Model
+
+MODEL = "st-align-small"
+GENES = "hvg50"  # predicted from H&E: the most variable ones of the training tissue
+TOY = {"n_spots": 500, "n_patients": 4, "n_genes": 600}
+LIBRARY, TRUTH, PCA = "library_id", "domain", "X_pca"
+
+
+@dataclass
+class Tissue:
+    """Training slides and one held-out slide.
+
+    Parameters
+    ----------
+    train
+        Slides to learn from.
+    test
+        One slide that is only measured on.
+    truth
+        Column of ``obs`` with known domains, or None.
+    words
+        What is trained on and what is held out.
+    """
+
+    train: list[AnnData]
+    test: AnnData
+    truth: str | None
+    words: str
+
+
+def run(dataset: str, *, out: Path, seed: int) -> Report:
+    """Run the demo and leave figures, ``report.md`` and ``report.json`` in a folder.
+
+    Parameters
+    ----------
+    dataset
+        ``"toy"`` or a real section with H&E, such as ``"her2st:C2"``.
+    out
+        Folder of the results; made if it is not there.
+    seed
+        Seed of tissue, model and baselines.
+
+    Returns
+    -------
+    What was measured.
+    """
+    from rich.console import Console
+
+    from stfm.cli import _demo_figures, _report
+
+    console = Console()
+    seconds: dict[str, float] = {}
+    with _step("tissue", seconds, console):
+        tissue = open_tissue(dataset, seed)
+    out.mkdir(parents=True, exist_ok=True)
+    report = Report(dataset, seed, tissue.words, seconds=seconds)
+    with _step("niches and tiles", seconds, console):
+        prepare(tissue)
+    with _step(f"train {MODEL}", seconds, console):
+        model = train(tissue, seed)
+    with _step("embed the held-out tissue", seconds, console):
+        embed(tissue, model)
+    with _step("spatial domains", seconds, console):
+        report.domains = find_domains(tissue, seed)
+    with _step("expression from H&E", seconds, console):
+        predict(tissue, model, report, seed)
+    with _step("figures", seconds, console):
+        figures = _demo_figures.draw(tissue, model, report, out)
+    _report.write(report, out, figures)
+    console.print()
+    _report.show(report, console)
+    total = sum(seconds.values())
+    console.print(f"{total:.0f} s; figures and report.md are in {out}/", markup=False, highlight=False)
+    return report
+
+
+@contextmanager
+def _step(name: str, seconds: dict[str, float], console: Console) -> Iterator[None]:
+    console.print(f"{name} ...", end="", markup=False, highlight=False)
+    started = time.perf_counter()
+    yield
+    seconds[name] = time.perf_counter() - started
+    console.print(f" {seconds[name]:.1f} s", highlight=False)
+
+
+def open_tissue(dataset: str, seed: int) -> Tissue:
+    """Return training and held-out slides: another patient of the toy, or the other sections of a real one."""
+    from stfm import datasets
+
+    if dataset == "toy":
+        adata = datasets.toy(**TOY, rng=seed)
+        libraries = list(adata.obs[LIBRARY].cat.categories)
+        *seen, held_out = (_library(adata, name) for name in libraries)
+        words = f"Simulated tumour: trained on {len(seen)} patients, measured on another one (other stain, other batch)."
+        return Tissue(seen, held_out, TRUTH, words)
+    table = datasets.list_datasets()
+    if dataset not in table.index or not table.loc[dataset, "image"]:
+        known = ", ".join(name for name in table.index[table["image"].astype(bool)])
+        raise InputError(f"The demo has no data set {dataset!r}; with H&E there are {known}.")
+    row = table.loc[dataset]
+    study = dataset.split(":")[0]
+    others = [
+        name
+        for name in table.index[table["image"].astype(bool)]
+        if name.startswith(f"{study}:") and name != dataset and table.loc[name, "patient"] == row["patient"]
+    ] or [name for name in table.index if name.startswith(f"{study}:") and name != dataset and table.loc[name, "image"]]
+    same = all(table.loc[name, "patient"] == row["patient"] for name in others)
+    note = "sections of the same patient, so this is no test across patients" if same else "another patient"
+    words = f"{row['title']}: trained on {', '.join(others)}, measured on {dataset} ({note})."
+    return Tissue([datasets.load(name) for name in others], datasets.load(dataset), None, words)
+
+
+def _library(adata: AnnData, name: str) -> AnnData:
+    """Return one library as an object of its own, with its own image only."""
+    part = adata[adata.obs[LIBRARY] == name].copy()
+    part.obs[LIBRARY] = part.obs[LIBRARY].cat.remove_unused_categories()
+    part.uns["spatial"] = {name: adata.uns["spatial"][name]}
+    return part
+
+
+def prepare(tissue: Tissue) -> None:
+    """Build niches and lay tiles on every slide."""
+    from stfm import pp
+
+    for slide in (*tissue.train, tissue.test):
+        pp.build_niches(slide)
+        pp.tile(slide)
+
+
+def train(tissue: Tissue, seed: int) -> Model:
+    """Train the model on the training slides only."""
+    from stfm import tl
+
+    return tl.train(tissue.train, MODEL, rng=seed)
+
+
+def embed(tissue: Tissue, model: Model) -> None:
+    """Embed the held-out slide, and give it the PCA of its genes as a baseline."""
+    import scanpy as sc
+
+    from stfm import tl
+
+    tl.embed(tissue.test, model)
+    plain = tissue.test.copy()
+    sc.pp.normalize_total(plain, target_sum=1e4)
+    sc.pp.log1p(plain)
+    sc.pp.pca(plain, n_comps=min(30, plain.n_obs - 1, plain.n_vars - 1), random_state=0)
+    tissue.test.obsm[PCA] = plain.obsm["X_pca"]
+
+
+def find_domains(tissue: Tissue, seed: int) -> list[Row]:
+    """Cluster the held-out slide by every representation alike and score it where the truth is known."""
+    from stfm import metrics, tl
+
+    test = tissue.test
+    truth = None if tissue.truth is None else test.obs[tissue.truth]
+    n_domains = 7 if truth is None else truth.nunique()
+    rows = []
+    for method, rep, rings, key in (
+        ("ST-Align", EMBEDDING, 0, "domain_plain"),
+        ("ST-Align, averaged over neighbours", EMBEDDING, 1, DOMAIN),
+        ("PCA of genes", PCA, 0, "domain_pca"),
+        ("PCA of genes, averaged over neighbours", PCA, 1, "domain_spatial_pca"),
+    ):
+        tl.spatial_domains(test, n_domains, use_rep=rep, smooth_rings=rings, key_added=key, rng=seed)
+        if truth is not None:
+            rows.append(Row(method, metrics.ari(truth, test.obs[key]), ours=rep == EMBEDDING))
+    return rows
+
+
+def predict(tissue: Tissue, model: Model, report: Report, seed: int) -> None:
+    """Predict the genes of the held-out slide from its H&E, by the model and by baselines, and score them."""
+    from stfm import metrics, tl
+
+    test = tissue.test
+    untrained = _untrained(model, seed)
+    genes: list[str] | None = None
+    for method, features, how, key in (
+        ("ST-Align, MLP on its image features", model, "mlp", PREDICTED),
+        ("ST-Align, ridge on its image features", model, "ridge", "predicted_ridge"),
+        ("ridge on hand-crafted image features", "handcrafted", "ridge", "predicted_handcrafted"),
+        ("ridge on image features of random weights", untrained, "ridge", "predicted_random"),
+    ):
+        tl.predict_expression(
+            test, reference=tissue.train, genes=genes or GENES, method=how, features=features, key_added=key, rng=seed
+        )
+        genes = list(test.obsm[key].columns)
+        measured = log_expression(test, genes)
+        r = metrics.gene_pearson(measured, test.obsm[key].to_numpy())
+        report.expression.append(Row(method, float(r.mean()), ours=features is model))
+    report.genes = genes or []
+    columns = test.var_names.get_indexer(report.genes)
+    report.ceiling = float(metrics.noise_ceiling(test.X, columns=columns, rng=seed).mean())
+
+
+def _untrained(model: Model, seed: int) -> Model:
+    """Return the same architecture with random weights: what it is worth without any training."""
+    import torch
+
+    from stfm import models
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return models.create(model.config, model.vocabulary)
+
+
+def log_expression(adata: AnnData, genes: list[str]) -> NDArray[np.float32]:
+    """Return ``log1p(1e4 c / sum c)`` of some genes, the sum over all measured genes: what is predicted."""
+    import numpy as np
+
+    from stfm.slide.normalise import log_normalise
+
+    totals = np.asarray(adata.X.sum(axis=1)).ravel()
+    chosen: NDArray[np.float32] = log_normalise(adata[:, genes].X.tocsr(), totals).toarray()
+    return chosen
