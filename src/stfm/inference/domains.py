@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 import warnings
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+from scipy import sparse
 
 from stfm._errors import InputError, StfmWarning
 from stfm._logging import get_logger
@@ -13,7 +15,6 @@ from stfm._validate import check_choice, check_count, resolve_rng
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
-    from scipy import sparse
 
 __all__ = ["COVARIANCES", "METHODS", "cluster", "majority", "reduce"]
 
@@ -22,7 +23,7 @@ METHODS = ("gmm", "kmeans", "leiden")
 COVARIANCES = ("tied", "full", "diag", "spherical")
 
 _STEPS = 25  # of the bisection; the resolution is then known to 1e-6
-_RESOLUTIONS = (0.005, 4.0)
+_RESOLUTIONS = (0.005, 20.0)
 
 logger = get_logger("domains")
 
@@ -139,8 +140,6 @@ def majority(labels: ArrayLike, graph: sparse.csr_matrix, *, n_times: int = 1) -
     -------
     Labels, int64 ``(n,)``.
     """
-    from scipy import sparse
-
     check_count("n_times", n_times)
     current = np.asarray(labels, dtype=np.int64)
     n, n_labels = len(current), int(current.max(initial=0)) + 1
@@ -186,35 +185,37 @@ def _leiden(scores: NDArray[np.float64], n_domains: int, *, n_neighbors: int, se
     """Leiden at the resolution that gives ``n_domains``; the nearest number where none does, and a warning."""
     from stfm._optional import require
 
-    require("igraph", extra="leiden")
-    import anndata as ad
-    import scanpy as sc
-
-    adjacency = _shared_neighbours(scores, n_neighbors)
-    graph = ad.AnnData(shape=(len(scores), 0))
+    igraph = require("igraph", extra="leiden")
+    links = sparse.triu(_shared_neighbours(scores, n_neighbors)).tocoo()
+    edges = np.column_stack([links.row, links.col])
+    graph = igraph.Graph(n=len(scores), edges=edges, edge_attrs={"weight": links.data})
     low, high = _RESOLUTIONS
-    best: tuple[int, NDArray[np.int64]] | None = None
+    best = -len(scores), np.zeros(len(scores), np.int64)
     for _ in range(_STEPS):
         middle = float(np.sqrt(low * high))
-        sc.tl.leiden(
-            graph, resolution=middle, adjacency=adjacency, flavor="igraph", n_iterations=2, directed=False,
-            random_state=seed,
-        )  # fmt: skip
-        labels: NDArray[np.int64] = graph.obs["leiden"].cat.codes.to_numpy().astype(np.int64)
+        labels = _partition(igraph, graph, middle, seed)
         found = int(labels.max()) + 1
-        if best is None or abs(found - n_domains) < abs(best[0] - n_domains):
+        if abs(found - n_domains) < abs(best[0] - n_domains):
             best = found, labels
         if found == n_domains:
             logger.info("leiden: %d domains at resolution %.4g", found, middle)
-            return labels
+            break
         low, high = (middle, high) if found < n_domains else (low, middle)
-    if best is None or best[0] != n_domains:
-        count = 0 if best is None else best[0]
-        msg = (
-            f"leiden finds {count} domains, not {n_domains}, at every resolution tried; method='gmm' gives the number."
-        )
+    if best[0] != n_domains:
+        msg = f"leiden found {best[0]} domains at best, not {n_domains}; method='gmm' gives the number asked for."
         warnings.warn(msg, StfmWarning, stacklevel=4)
-    return np.zeros(len(scores), np.int64) if best is None else best[1]
+    return best[1]
+
+
+def _partition(igraph: Any, graph: Any, resolution: float, seed: int) -> NDArray[np.int64]:
+    igraph.set_random_number_generator(random.Random(seed))
+    try:
+        found = graph.community_leiden(
+            objective_function="modularity", weights="weight", resolution=resolution, n_iterations=5
+        )
+    finally:
+        igraph.set_random_number_generator(random)
+    return np.asarray(found.membership, dtype=np.int64)
 
 
 def _shared_neighbours(scores: NDArray[np.float64], n_neighbors: int) -> sparse.csr_matrix:
@@ -225,7 +226,7 @@ def _shared_neighbours(scores: NDArray[np.float64], n_neighbors: int) -> sparse.
     # each spot is the first neighbour of its own, which makes the share of two linked spots positive
     linked = NearestNeighbors(n_neighbors=k + 1).fit(scores).kneighbors_graph(scores)
     union = linked.maximum(linked.T)
-    common = (linked @ linked.T).multiply(union).tocsr()
+    common: sparse.csr_matrix = (linked @ linked.T).multiply(union).tocsr()
     common.setdiag(0.0)
     common.eliminate_zeros()
     common.data = common.data / (2 * (k + 1) - common.data)

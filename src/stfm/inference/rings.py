@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 __all__ = ["ring_graphs", "ring_means"]
 
-#: outer limit of ring i is i + this many pitches, so that sqrt(3) of a hexagonal lattice falls in ring 2
-_MARGIN = 0.3
+#: ring i ends at i + this many pitches: 6 and 12 spots on a hexagonal lattice, 8 and 12 on a square one
+_MARGIN = 0.5
 #: where there is no lattice: neighbours of ring 1; ring i has i times as many, as on a hexagonal one
 _FIRST_RING = 6
 
@@ -24,7 +24,7 @@ _FIRST_RING = 6
 def ring_graphs(coords: ArrayLike, n_rings: int = 1, *, groups: ArrayLike | None = None) -> list[sparse.csr_matrix]:
     """Return who lies in which ring around whom.
 
-    On a lattice ring ``i`` holds the spots farther than ring ``i - 1`` and not farther than ``i + 0.3`` pitches; the
+    On a lattice ring ``i`` holds the spots farther than ring ``i - 1`` and not farther than ``i + 0.5`` pitches; the
     border of the tissue has fewer. Elsewhere it holds the next ``6 i`` nearest.
 
     Parameters

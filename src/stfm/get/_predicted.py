@@ -1,0 +1,57 @@
+"""Predicted expression as an AnnData of its own."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from stfm._errors import MissingKeyError, WrongTypeError
+from stfm._keys import PREDICTED
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+
+def predicted(adata: AnnData, *, key: str = PREDICTED) -> AnnData:
+    """Return what :func:`stfm.tl.predict_expression` wrote as an AnnData that scanpy plots.
+
+    Parameters
+    ----------
+    adata
+        Spots with predicted expression.
+    key
+        What was ``key_added``.
+
+    Returns
+    -------
+    AnnData ``(n, g)``: ``X`` float32 in ``log1p(1e4 c / sum c)``, ``obs``, ``obsm`` (without the prediction itself) and
+    ``uns`` (the image among it) of ``adata``; ``var`` as in ``adata`` for genes that it measured.
+
+    Raises
+    ------
+    MissingKeyError
+        Nothing was predicted under that name.
+
+    Examples
+    --------
+    >>> sc.pl.spatial(sf.get.predicted(adata), color="ERBB2")  # doctest: +SKIP
+    """
+    from anndata import AnnData as Class
+
+    if not isinstance(adata, Class):
+        msg = f"adata must be AnnData, got {type(adata).__name__}."
+        raise WrongTypeError(msg)
+    if key not in adata.obsm:
+        msg = f"adata.obsm has no {key!r}; run stfm.tl.predict_expression(adata, ..., key_added={key!r}) first."
+        raise MissingKeyError(msg)
+    table = adata.obsm[key]
+    result = Class(
+        X=np.asarray(table, dtype=np.float32),
+        obs=adata.obs.copy(),
+        var=adata.var.reindex(table.columns),
+        obsm={name: value for name, value in adata.obsm.items() if name != key},
+        uns=dict(adata.uns),
+    )
+    result.uns["log1p"] = {"base": None}  # scanpy: X is on a natural log scale
+    return result

@@ -1,0 +1,167 @@
+"""Ridge on principal components, and the choice of its numbers on held-out sections."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from stfm.metrics.expression import gene_pearson
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+__all__ = ["ALPHAS", "Basis", "Choice", "Fold", "choose", "held_out", "solve"]
+
+#: ridge penalties as multiples of the mean variance (sum of squares) of the components
+ALPHAS = tuple(float(a) for a in 10.0 ** np.arange(-2.0, 3.01, 0.25))
+
+_BLOCKS = 5
+_FLAT = 1e-6
+
+Fold = tuple["NDArray[np.int64]", "NDArray[np.int64]"]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One setting of the ridge, and its mean r on held-out sections."""
+
+    n_components: int
+    alpha: float
+    rank: int | None
+    score: float = float("nan")
+
+    @classmethod
+    def grid(cls, sizes: Sequence[int], alphas: Sequence[float], ranks: Sequence[int | None]) -> list[Choice]:
+        """Return every combination, the plainest first, so that a tie goes to it."""
+        ordered = sorted(ranks, key=lambda rank: (rank is not None, -(rank or 0)))
+        return [cls(k, a, r) for k, r, a in product(sizes, ordered, sorted(alphas, reverse=True))]
+
+    def described(self) -> dict[str, Any]:
+        """Return it as plain values."""
+        rank = "full" if self.rank is None else self.rank
+        return {"n_components": self.n_components, "alpha": self.alpha, "rank": rank, "held_out_r": self.score}
+
+
+@dataclass(frozen=True)
+class Basis:
+    """Standardisation and principal components of training features, and the training scores on them.
+
+    Attributes
+    ----------
+    center, scale
+        Of the features, ``(f,)``.
+    components
+        ``(k, f)``, orthonormal rows.
+    scores
+        Training features on them, ``(n, k)``; columns are orthogonal and centred.
+    power
+        Sum of squares of each column of ``scores``.
+    """
+
+    center: NDArray[np.float32]
+    scale: NDArray[np.float32]
+    components: NDArray[np.float32]
+    scores: NDArray[np.float64]
+    power: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, x: NDArray[np.float32], n_components: int) -> Basis:
+        """Compute it by the smaller of the two Gram matrices."""
+        center = x.mean(axis=0, dtype=np.float64).astype(np.float32)
+        scale = x.std(axis=0, dtype=np.float64)
+        scale = np.where(scale > _FLAT * np.maximum(np.abs(center), 1.0), scale, 1.0).astype(np.float32)
+        z = (x - center) / scale
+        if z.shape[0] <= z.shape[1]:
+            power, left = _leading((z @ z.T).astype(np.float64), n_components)
+            components = (left / np.sqrt(power)).T.astype(np.float32) @ z
+        else:
+            power, right = _leading((z.T @ z).astype(np.float64), n_components)
+            components = np.ascontiguousarray(right.T).astype(np.float32)
+            left = (z @ components.T) / np.sqrt(power)
+        return cls(center, scale, components, left * np.sqrt(power), power)
+
+    def project(self, x: NDArray[np.float32]) -> NDArray[np.float64]:
+        """Return the scores of other features."""
+        scores: NDArray[np.float64] = (((x - self.center) / self.scale) @ self.components.T).astype(np.float64)
+        return scores
+
+
+def _leading(gram: NDArray[np.float64], n_components: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return the leading eigenvalues and eigenvectors of a Gram matrix, those without variance left out."""
+    values, vectors = np.linalg.eigh(gram)
+    kept = min(n_components, max(int((values > 1e-6 * values[-1]).sum()), 1))
+    order = np.arange(len(values))[::-1][:kept]
+    return np.maximum(values[order], 1e-12), vectors[:, order]
+
+
+def held_out(sizes: Sequence[int], coords: Sequence[NDArray[np.float64]] | None = None) -> list[Fold]:
+    """Return (train, held out) rows: each section in turn, or contiguous blocks of the only one."""
+    if len(sizes) > 1:
+        section = np.repeat(np.arange(len(sizes)), sizes)
+    else:
+        place = np.arange(sizes[0], dtype=np.float64)
+        if coords is not None:
+            points = np.asarray(coords[0])[:, :2]
+            place = points[:, int(np.argmax(np.ptp(points, axis=0)))]
+        section = np.empty(sizes[0], np.int64)
+        section[np.argsort(place, kind="stable")] = np.arange(sizes[0]) * _BLOCKS // sizes[0]
+    return [(np.flatnonzero(section != s), np.flatnonzero(section == s)) for s in np.unique(section)]
+
+
+def choose(x: NDArray[np.float32], y: NDArray[np.float64], folds: Sequence[Fold], grid: Sequence[Choice]) -> Choice:
+    """Return the setting with the best mean r over held-out sections (constant = 0)."""
+    if len(grid) == 1:
+        return grid[0]
+    scores = np.zeros(len(grid))
+    for train, test in folds:
+        basis = Basis.of(x[train], max(c.n_components for c in grid))
+        z = basis.project(x[test])
+        for (k, alpha), members in _by_penalty(grid).items():
+            weights, intercept = solve(basis, y[train], Choice(k, alpha, None))
+            full = z[:, : len(weights)] @ weights
+            right = None
+            for i in members:
+                rank = grid[i].rank
+                predicted = full
+                if rank is not None and rank < min(weights.shape):
+                    right = _directions(basis, weights) if right is None else right
+                    predicted = (full @ right[:rank].T) @ right[:rank]
+                scores[i] += gene_pearson(y[test], predicted + intercept).mean()
+    best = int(np.argmax(scores))
+    return replace(grid[best], score=float(scores[best] / len(folds)))
+
+
+def solve(basis: Basis, y: NDArray[np.float64], choice: Choice) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return the coefficients ``(k, g)`` and the intercept ``(g,)`` of one setting.
+
+    The scores are orthogonal, so that ridge shrinks each by itself; the rank is reduced by projecting the fitted values
+    on their leading right singular vectors (reduced-rank regression).
+    """
+    intercept = y.mean(axis=0)
+    k = min(choice.n_components, len(basis.power))
+    power = basis.power[:k]
+    penalty = choice.alpha * power.mean()
+    weights = (basis.scores[:, :k].T @ (y - intercept)) / (power + penalty)[:, None]
+    if choice.rank is not None and choice.rank < min(weights.shape):
+        right = _directions(basis, weights)[: choice.rank]
+        weights = (weights @ right.T) @ right
+    return weights, intercept
+
+
+def _directions(basis: Basis, weights: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the directions of the fitted values among the genes, the strongest first, ``(min(k, g), g)``."""
+    fitted = np.sqrt(basis.power[: len(weights)])[:, None] * weights
+    right: NDArray[np.float64] = np.linalg.svd(fitted, full_matrices=False)[2]
+    return right
+
+
+def _by_penalty(grid: Sequence[Choice]) -> dict[tuple[int, float], list[int]]:
+    groups: dict[tuple[int, float], list[int]] = {}
+    for i, choice in enumerate(grid):
+        groups.setdefault((choice.n_components, choice.alpha), []).append(i)
+    return groups

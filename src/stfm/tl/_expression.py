@@ -1,0 +1,304 @@
+"""Expression predicted from H&E alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from stfm._errors import InputError, WrongTypeError
+from stfm._keys import PREDICTED, SPATIAL
+from stfm._provenance import record
+from stfm._validate import check_choice, did_you_mean
+from stfm.inference.expression import METHODS, RANKS, ExpressionPredictor
+from stfm.inference.expression_slides import SlideFeatures, fit_on_slides, predict_slide
+from stfm.slide.read import as_slides
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    import pandas as pd
+    from anndata import AnnData
+
+    from stfm.encoders.base import ImageEncoder
+    from stfm.models.base import Model
+    from stfm.slide.slide import Slide
+
+__all__ = ["fit_expression", "predict_expression"]
+
+#: what is said beside a prediction
+SCALE = "log1p(1e4 * counts / sum of counts)"
+
+
+def predict_expression(
+    adata: AnnData,
+    *,
+    reference: Any = None,
+    model: ExpressionPredictor | str | Path | None = None,
+    genes: str | Sequence[str] | None = None,
+    method: Literal["ridge", "mlp"] = "ridge",
+    features: str | ImageEncoder | Model = "handcrafted",
+    weights: str | Path | None = None,
+    contexts_um: Sequence[float] | None = None,
+    rings: int = 2,
+    library_key: str | None = None,
+    spatial_key: str = SPATIAL,
+    layer: str | None = None,
+    image: Any = None,
+    mpp: float | Mapping[str, float] | None = None,
+    batch_size: int = 64,
+    device: str = "auto",
+    cache: bool = True,
+    key_added: str = PREDICTED,
+    rng: int | np.random.Generator | None = 0,
+    copy: bool = False,
+) -> AnnData | None:
+    """Predict expression from H&E alone.
+
+    Either a predictor is fitted on a ``reference`` (slides with H&E and counts), or one that was fitted before
+    (:func:`stfm.tl.fit_expression`) is given as ``model``. The counts of ``adata``, if it has any, are not looked at.
+
+    Parameters
+    ----------
+    adata
+        Object with H&E: in ``uns["spatial"]``, recorded by :func:`stfm.pp.tile`, or given as ``image``.
+    reference
+        AnnData, path, slide, or a list of these, with H&E and raw counts. Give two sections or more: penalty and rank
+        are then chosen by leaving out one after the other; of a single one, blocks are left out.
+    model
+        A fitted predictor, or the folder that its ``save`` wrote.
+    genes
+        Genes to predict: names, or a gene set of the protocols, ``"hvg250"`` (the 250 of highest variance on the
+        reference; the default), ``"hvg50"``, ``"hmg250"``. With ``model``: some of its genes.
+    method
+        ``"ridge"``, or ``"mlp"``: the paper's MLP on frozen features, here as a correction of ridge whose epochs are
+        chosen on held-out sections.
+    features
+        Where the image features come from: an image encoder by name (:func:`stfm.encoders.list_encoders`) or as a
+        module, shown tiles of several sizes; or a trained model, whose image parts are taken. Of a fitted predictor
+        that was built on an encoder or model that no name gives back, the same must be given again.
+    weights
+        Checkpoint of an encoder given by name.
+    contexts_um
+        Sides of the tiles in µm; by default 112, 224 and 448, or 448 and 1120 where the image is too coarse.
+    rings
+        Rings of neighbouring spots whose mean features are appended.
+    library_key
+        Column of ``obs`` that names the library of a spot, in ``adata`` and in the reference.
+    spatial_key
+        Entry of ``obsm`` with the coordinates.
+    layer
+        Layer of the reference with raw counts; None takes ``X``.
+    image
+        H&E of ``adata``; or a mapping from library to it, which may name libraries of the reference too.
+    mpp
+        µm per px of the full-resolution image of ``adata``; or a mapping from library to it, as ``image``.
+    batch_size
+        Tiles at once.
+    device
+        ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"mps"``.
+    cache
+        Whether features are kept on disk for the next time.
+    key_added
+        Name of the result.
+    rng
+        Seed or generator; used by ``"mlp"``.
+    copy
+        Whether to return a new object instead of writing to ``adata``.
+
+    Returns
+    -------
+    None, or with ``copy=True`` the new object. Written are
+    ``obsm[key_added]`` (DataFrame ``(n, g)`` float32, a column a gene, ``log1p(1e4 c / sum c)``, not clipped) and
+    ``uns[key_added]`` (scale, how the predictor was fitted, what it saw).
+
+    Raises
+    ------
+    InputError
+        Neither or both of ``reference`` and ``model``, no H&E, unknown µm/px, genes that are not there, features that
+        the predictor was not fitted on.
+    MissingKeyError
+        No such encoder, column or folder.
+
+    Examples
+    --------
+    >>> sf.tl.predict_expression(slide, reference=[c2, c3, c4])  # doctest: +SKIP
+    >>> sf.get.predicted(slide)  # doctest: +SKIP
+    """
+    from stfm.slide.from_anndata import target
+
+    _check_adata(adata)
+    if (reference is None) == (model is None):
+        msg = "give either reference= (slides with H&E and counts to learn from) or model= (a fitted predictor)."
+        raise InputError(msg)
+    targets = as_slides(
+        adata, library_key=library_key, spatial_key=spatial_key, image=image, mpp=mpp, modalities=("image",)
+    )
+    _need_images(targets)
+    if reference is not None:
+        fitted = fit_expression(
+            reference, genes=genes, method=method, features=features, weights=weights,
+            contexts_um=contexts_um, rings=rings, library_key=library_key, spatial_key=spatial_key, layer=layer,
+            image=_mapping(image), mpp=_mapping(mpp), batch_size=batch_size, device=device, cache=cache, rng=rng,
+        )  # fmt: skip
+        source = "reference"
+    else:
+        fitted, source = _resolve(model)
+    columns = _columns(fitted, genes if reference is None else None)
+    extractor = SlideFeatures.like(
+        fitted.features, features, weights=weights, batch_size=batch_size, device=device, cache=cache
+    )
+    values = np.empty((adata.n_obs, len(columns)), np.float32)
+    for slide in targets:
+        values[slide.rows] = predict_slide(fitted, slide, extractor)[:, columns]
+    written = target(adata, copy=copy)
+    written.obsm[key_added] = _frame(values, written, [fitted.genes[i] for i in columns])
+    written.uns[key_added] = {
+        "scale": SCALE, "source": source, "model": record(dict(fitted.choice)),
+        "features": record(dict(fitted.features)), "seen": record(dict(fitted.seen)),
+    }  # fmt: skip
+    return written if copy else None
+
+
+def fit_expression(
+    reference: Any,
+    *,
+    genes: str | Sequence[str] | None = None,
+    method: Literal["ridge", "mlp"] = "ridge",
+    features: str | ImageEncoder | Model = "handcrafted",
+    weights: str | Path | None = None,
+    contexts_um: Sequence[float] | None = None,
+    rings: int = 2,
+    n_components: int | Sequence[int] = 256,
+    ranks: Sequence[int | None] = RANKS,
+    library_key: str | None = None,
+    spatial_key: str = SPATIAL,
+    layer: str | None = None,
+    image: Any = None,
+    mpp: float | Mapping[str, float] | None = None,
+    batch_size: int = 64,
+    device: str = "auto",
+    cache: bool = True,
+    rng: int | np.random.Generator | None = 0,
+) -> ExpressionPredictor:
+    """Fit a predictor of expression from H&E, to be saved or used on other slides.
+
+    Parameters
+    ----------
+    reference
+        AnnData, path, slide, or a list of these, with H&E and raw counts.
+    genes
+        Genes to predict: names, or a gene set of the protocols, ``"hvg250"`` (the default), ``"hvg50"``, ``"hmg250"``.
+    method
+        ``"ridge"`` or ``"mlp"``.
+    features
+        An image encoder by name or as a module, or a trained model, whose image parts are taken.
+    weights
+        Checkpoint of an encoder given by name.
+    contexts_um
+        Sides of the tiles in µm; by default 112, 224 and 448, or 448 and 1120 where an image is too coarse.
+    rings
+        Rings of neighbouring spots whose mean features are appended.
+    n_components
+        Principal components of the features, or several numbers to choose from.
+    ranks
+        Ranks of the coefficients to choose from; None leaves them as they are.
+    library_key
+        Column of ``obs`` that names the library of a spot.
+    spatial_key
+        Entry of ``obsm`` with the coordinates.
+    layer
+        Layer with raw counts; None takes ``X``.
+    image
+        H&E, where it is neither in ``uns["spatial"]`` nor recorded; or a mapping from library to it.
+    mpp
+        µm per px of the full-resolution image; or a mapping from library to it.
+    batch_size
+        Tiles at once.
+    device
+        ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"mps"``.
+    cache
+        Whether features are kept on disk for the next time.
+    rng
+        Seed or generator; used by ``"mlp"``.
+
+    Returns
+    -------
+    The predictor: ``predict`` on features, ``save(folder)``, ``genes``, ``choice`` (what was chosen on held-out
+    sections, and r there).
+
+    Raises
+    ------
+    InputError
+        No H&E or no counts in the reference, or genes that it does not have.
+
+    Examples
+    --------
+    >>> predictor = sf.tl.fit_expression([c2, c3, c4], features="mobilenetv2", weights=path)  # doctest: +SKIP
+    >>> predictor.save("predictor")  # doctest: +SKIP
+    """
+    check_choice("method", method, METHODS)
+    slides = as_slides(reference, library_key=library_key, spatial_key=spatial_key, layer=layer, image=image, mpp=mpp)
+    _need_images(slides)
+    extractor = SlideFeatures.of(
+        features, slides, weights=weights, contexts_um=contexts_um, rings=rings,
+        batch_size=batch_size, device=device, cache=cache,
+    )  # fmt: skip
+    return fit_on_slides(
+        slides, extractor, genes="hvg250" if genes is None else genes, method=method,
+        n_components=n_components, ranks=ranks, rng=rng,
+    )  # fmt: skip
+
+
+def _check_adata(adata: Any) -> None:
+    from anndata import AnnData as Class
+
+    if not isinstance(adata, Class):
+        msg = f"adata must be AnnData, got {type(adata).__name__}; read a file with anndata.read_h5ad first."
+        raise WrongTypeError(msg)
+
+
+def _need_images(slides: Sequence[Slide]) -> None:
+    without = [slide.name for slide in slides if slide.tiles is None]
+    if without:
+        names = ", ".join(repr(name) for name in without)
+        msg = f"library {names} has no H&E; give it with image=, or record it with sf.pp.tile."
+        raise InputError(msg)
+
+
+def _mapping(value: Any) -> Any:
+    """Return what was given by library; what was given for the target alone is not the reference's."""
+    from collections.abc import Mapping as MappingType
+
+    return value if isinstance(value, MappingType) else None
+
+
+def _resolve(model: Any) -> tuple[ExpressionPredictor, str]:
+    if isinstance(model, ExpressionPredictor):
+        return model, "memory"
+    if isinstance(model, (str, Path)):
+        return ExpressionPredictor.load(model), str(model)
+    msg = f"model must be a fitted predictor or the folder it was saved to, got {type(model).__name__}."
+    raise WrongTypeError(msg)
+
+
+def _columns(fitted: ExpressionPredictor, genes: str | Sequence[str] | None) -> list[int]:
+    """Return which of a predictor's genes are asked for."""
+    if genes is None:
+        return list(range(len(fitted.genes)))
+    if isinstance(genes, str):
+        msg = f"genes={genes!r} names a gene set, which is chosen on a reference; of a fitted predictor name the genes."
+        raise InputError(msg)
+    place = {gene: i for i, gene in enumerate(fitted.genes)}
+    absent = [gene for gene in genes if gene not in place]
+    if absent:
+        msg = f"the predictor has no gene {absent[0]!r}. {did_you_mean(str(absent[0]), place)}"
+        raise InputError(msg)
+    return [place[gene] for gene in genes]
+
+
+def _frame(values: Any, adata: AnnData, genes: Sequence[str]) -> pd.DataFrame:
+    import pandas as pd
+
+    return pd.DataFrame(values, index=adata.obs_names, columns=list(genes))
