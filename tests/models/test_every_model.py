@@ -71,6 +71,13 @@ def test_losses_are_scalars_with_gradients(name: str, vocabulary, make_batch):
 
 
 @each_model
+def test_one_spot_is_no_training_batch(name: str, vocabulary, make_batch):
+    model = make(name, vocabulary)
+    with pytest.raises(InputError, match="at least 2 spots a batch"):
+        model.train().losses(make_batch(model, n=1))
+
+
+@each_model
 def test_embedding_shapes(name: str, vocabulary, make_batch):
     model = make(name, vocabulary).eval()
     embedding = model.embed(make_batch(model, n=5))

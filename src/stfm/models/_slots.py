@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from stfm.encoders.base import Encoder, GeneEncoder, ImageEncoder
     from stfm.models.inputs import SlideInputs
+    from stfm.nn.batch import Batch
     from stfm.slide.genes import Vocabulary
 
 #: what is estimated from training slides looks at no more than this
@@ -151,4 +152,13 @@ def fit_gene_encoder(encoder: GeneEncoder, slides: Sequence[SlideInputs], *, nic
         masks.append(torch.from_numpy(np.asarray(measured, dtype=bool)).expand(size, -1))
     mask = torch.cat(masks)
     device = next(encoder.buffers()).device
-    encoder.fit(torch.cat(values).to(device), None if bool(mask.all()) else mask.to(device))
+    # On the CPU: sums of many values are taken in 64 bits, which not every device has.
+    encoder.cpu().fit(torch.cat(values), None if bool(mask.all()) else mask)
+    encoder.to(device)
+
+
+def check_batch(batch: Batch, *, training: bool) -> None:
+    """Refuse a training batch of one spot, whose loss says nothing."""
+    if training and len(batch) < 2:
+        msg = f"A contrastive loss needs at least 2 spots a batch in training, got {len(batch)}; raise batch_size."
+        raise InputError(msg)

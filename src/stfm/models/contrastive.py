@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from stfm._errors import InputError
 from stfm._validate import check_choice, check_count, check_positive
-from stfm.models._slots import EncoderChoice, as_choice, build_gene, build_image, fit_gene_encoder
+from stfm.models._slots import EncoderChoice, as_choice, build_gene, build_image, check_batch, fit_gene_encoder
 from stfm.models.base import Embedding, Model
 from stfm.models.inputs import InputSpec
 from stfm.nn.fusion import fill_missing
@@ -162,8 +162,9 @@ class Contrastive(Model):
         Raises
         ------
         InputError
-            The batch lacks a modality.
+            The batch lacks a modality, or has one spot in training.
         """
+        check_batch(batch, training=self.training)
         image, gene = self(batch)
         if image is None or gene is None:
             absent = "image" if image is None else "counts"

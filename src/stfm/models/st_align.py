@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stfm._errors import InputError
-from stfm.models._slots import build_gene, build_image, fit_gene_encoder
+from stfm.models._slots import build_gene, build_image, check_batch, fit_gene_encoder
 from stfm.models.base import Embedding, Model
 from stfm.models.inputs import InputSpec
 from stfm.models.st_align_config import PRESETS, STAlignConfig
@@ -212,8 +212,9 @@ class STAlign(Model):
         Raises
         ------
         InputError
-            The batch lacks a modality: alignment needs both.
+            The batch lacks a modality (alignment needs both), or has one spot in training.
         """
+        check_batch(batch, training=self.training)
         outputs = self(batch)
         weights, plan = self.plan.loss_weights, self.plan
         excluded = excluded_pairs(batch, negatives=plan.negatives, mask_overlap=plan.mask_overlap)
