@@ -74,6 +74,11 @@ def test_mouse_ids_without_symbols_cannot_meet_a_human_vocabulary():
         match_genes(panel, Vocabulary(HUMAN))
 
 
+def test_ids_and_symbols_alone_cannot_meet():
+    with pytest.raises(InputError, match=r"one has Ensembl ids only, the other symbols only: .*var_key="):
+        match_genes(Panel(HUMAN_IDS), Vocabulary(HUMAN))
+
+
 def test_too_few_matches_name_examples():
     with pytest.raises(InputError, match=r"only 0 of 2 genes match.*FOO1, BAR2.*EPCAM.*var_key="):
         match_genes(Panel(["FOO1", "BAR2"]), Vocabulary(HUMAN))

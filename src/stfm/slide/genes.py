@@ -439,6 +439,8 @@ def _mismatch(match: GeneMatch, panel: Panel, vocabulary: Vocabulary, min_fracti
     ids_only = not any(panel.symbol_keys) or not any(vocabulary.panel.symbol_keys)
     if match.species_note and ids_only:
         advice = f"a {panel.species} panel meets a {vocabulary.species} vocabulary by symbol only: {advice}"
+    elif ids_only and not (any(panel.id_keys) and any(vocabulary.panel.id_keys)):
+        advice = f"one has Ensembl ids only, the other symbols only: {advice}"
     elif match.n_matched:
         advice += f", or lower min_fraction (now {min_fraction})"
     return (
