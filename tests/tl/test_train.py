@@ -190,3 +190,44 @@ def test_a_killed_run_resumes_to_what_it_would_have_been(tmp_path):
     assert resumed.history["epoch"].tolist() == [0, 1, 2, 3, 4, 5]
     clock = ["seconds", "spots_per_second"]
     pd.testing.assert_frame_equal(whole.history.drop(columns=clock), resumed.history.drop(columns=clock))
+
+
+_TWO_DEVICES = """
+import sys
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+import torch
+from fake_model import make_model, make_slide
+import stfm as sf
+from stfm._settings import settings
+from stfm.training.recipes import Recipe
+
+settings.cache_dir = {cache!r}
+slides = [make_slide(f"S{{i}}", 40, seed=i, patient=f"P{{i}}") for i in range(3)]
+recipe = Recipe(epochs=2, batch_size=8, lr=1e-2)
+model = sf.tl.train(slides, make_model(), recipe=recipe, devices=2, accelerator="cpu", checkpoint_dir={folder!r})
+rank = torch.distributed.get_rank()
+torch.save(model.state_dict(), Path({folder!r}) / f"{{rank}}.pt")
+model.history.to_csv(Path({folder!r}) / f"{{rank}}.csv", index=False)
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_two_devices(tmp_path):
+    folder = tmp_path / "run"
+    tests = Path(__file__).parents[1] / "training"
+    script = tmp_path / "two.py"  # a file, since Lightning starts it again for the second device
+    script.write_text(_TWO_DEVICES.format(tests=str(tests), cache=str(tmp_path / "cache"), folder=str(folder)))
+    subprocess.run([sys.executable, "-W", "error", str(script)], check=True, cwd=tmp_path, timeout=400)
+    deadline = time.monotonic() + 60
+    while not (folder / "1.csv").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    histories = [pd.read_csv(folder / f"{rank}.csv") for rank in (0, 1)]
+    # 80 training spots are ten batches of eight, five on each device
+    assert histories[0]["step"].tolist() == [5, 10]
+    losses = [name for name in histories[0] if "loss" in name]
+    pd.testing.assert_frame_equal(histories[0][losses], histories[1][losses])
+    one, two = (torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    trained = [name for name in one if "running" not in name]
+    assert all(torch.equal(one[name], two[name]) for name in trained)

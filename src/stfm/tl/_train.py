@@ -65,9 +65,9 @@ def train(
     """Train a model on slides that have H&E and counts.
 
     Learning rate and weight decay follow cosines, the former after a linear warm-up (paper, section 4.1). Features of
-    frozen image encoders are computed once and kept on disk; tiles are kept in memory as far as the recipe allows. With
-    several devices batch norm is synchronized, and the negatives of a contrastive loss are those of the same device;
-    gradient accumulation does not add negatives either.
+    frozen image encoders are computed once and kept on disk; tiles are kept in memory as far as the recipe allows.
+    With several devices batch norm is synchronized (on CUDA), and the negatives of a contrastive loss are those of the
+    same device; gradient accumulation does not add negatives either.
 
     Parameters
     ----------
@@ -80,7 +80,7 @@ def train(
     genes
         What a new model reads: a number of the most variable genes of the training slides, ``"all"``, or their names.
     recipe
-        :class:`stfm.training.recipes.Recipe`, or a preset's name (``"recommended"``, ``"paper"``, ``"small"``,
+        A ``stfm.training.recipes.Recipe``, or a preset's name (``"recommended"``, ``"paper"``, ``"small"``,
         ``"tiny"``, ``"contrastive"``); the one that fits the model by default.
     epochs, batch_size, lr, patience, precision
         Changes to the recipe: passes over the data, spots in a batch and device, highest learning rate, epochs without

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = ["fit", "resolve_precision"]
 
+_CUDA = ("auto", "cuda", "gpu")
 _ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
 
 
@@ -77,7 +78,7 @@ def fit(
     accelerator
         ``"auto"``, ``"cpu"``, ``"gpu"`` (or ``"cuda"``) or ``"mps"``.
     devices
-        Number of devices; with more than one, batch norm is synchronized and negatives stay on their device.
+        Number of devices; with more than one, batch norm is synchronized (on CUDA) and negatives stay on their device.
 
     Returns
     -------
@@ -145,7 +146,8 @@ def _trainer(
         devices=devices,
         strategy="auto" if devices == 1 else "ddp",
         precision="bf16-mixed" if precision == "bf16" else "32-true",
-        sync_batchnorm=devices > 1,
+        # torch synchronizes batch norm on CUDA devices only
+        sync_batchnorm=devices > 1 and accelerator in _CUDA and torch.cuda.is_available(),
         max_epochs=recipe.epochs,
         accumulate_grad_batches=recipe.accumulate,
         callbacks=callbacks,
@@ -163,7 +165,7 @@ def resolve_precision(precision: str, accelerator: str = "auto") -> str:
     """Return ``"bf16"`` or ``"fp32"``: what was asked for, or for ``"auto"`` bf16 on CUDA devices that have it."""
     if precision != "auto":
         return precision
-    cuda = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    cuda = accelerator in _CUDA and torch.cuda.is_available()
     return "bf16" if cuda and torch.cuda.is_bf16_supported() else "fp32"
 
 
