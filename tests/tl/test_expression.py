@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from stfm import get, metrics, tl
-from stfm.errors import DataIntegrityError, InputError, MissingKeyError, WrongTypeError
+from stfm.errors import DataIntegrityError, InputError, MissingKeyError, StfmWarning, WrongTypeError
 from stfm.inference._ridge import Basis, Choice, held_out, solve
 from stfm.inference.contexts import COARSE_CONTEXTS_UM, CONTEXTS_UM, context_features, default_contexts
 from stfm.inference.expression import ExpressionPredictor, fit_expression
@@ -15,7 +15,7 @@ from stfm.inference.expression_mlp import MLPConfig
 from stfm.slide import as_slides
 
 GENES = ["EOSIN", "NUCLEI", "FLAT", "NOISE"]
-SMALL = {"features": "handcrafted", "contexts_um": (100.0,), "rings": 0, "genes": GENES}
+SMALL = {"features": "handcrafted", "contexts_um": (100.0,), "rings": 0, "tile_px": 40, "genes": GENES, "cache": False}
 
 
 def _section(name: str, seed: int, side: int = 9) -> ad.AnnData:
@@ -54,7 +54,7 @@ def sections() -> list[ad.AnnData]:
 
 @pytest.fixture(scope="module")
 def predictor(sections: list[ad.AnnData]) -> ExpressionPredictor:
-    return tl.fit_expression(sections[:2], cache=False, **SMALL)
+    return tl.fit_expression(sections[:2], **SMALL)
 
 
 def _scores(adata: ad.AnnData, key: str = "predicted_expression") -> np.ndarray:
@@ -141,7 +141,7 @@ def test_many_libraries_at_once(sections: list[ad.AnnData], predictor: Expressio
         ({"reference": "sections", "features": 1}, WrongTypeError, "features must be the name"),
         ({"reference": "sections", "rings": -1}, InputError, "rings must be at least 0"),
         ({"reference": "sections", "contexts_um": ()}, InputError, "contexts_um is empty"),
-        ({"reference": "no image"}, InputError, "library 'unnamed' has no H&E|has no H&E"),
+        ({"reference": "no image"}, InputError, "library 's0' has no H&E"),
     ],
 )
 def test_bad_input_leaves_the_object_untouched(sections, options: dict, error: type, message: str):
@@ -151,9 +151,11 @@ def test_bad_input_leaves_the_object_untouched(sections, options: dict, error: t
     elif "reference" in options:
         plain = sections[0].copy()
         del plain.uns["spatial"]
-        options = {**options, "reference": plain}
+        options = {**options, "reference": plain, "mpp": {"s0": 4.0}}
     with pytest.raises(error, match=message):
-        tl.predict_expression(target, cache=False, **{**{k: SMALL[k] for k in ("contexts_um", "rings")}, **options})
+        tl.predict_expression(
+            target, **{**{k: SMALL[k] for k in ("contexts_um", "rings", "tile_px", "cache")}, **options}
+        )
     assert "predicted_expression" not in target.obsm
     assert "predicted_expression" not in target.uns
 
@@ -164,7 +166,7 @@ def test_other_guards(sections, predictor: ExpressionPredictor, tmp_path):
     without = sections[0].copy()
     del without.uns["spatial"]
     with pytest.raises(InputError, match="has no H&E"):
-        tl.predict_expression(without, model=predictor)
+        tl.predict_expression(without, model=predictor, mpp=4.0)
     with pytest.raises(InputError, match="names a gene set"):
         tl.predict_expression(sections[2], model=predictor, genes="hvg250")
     with pytest.raises(InputError, match="has no gene 'X'"):
@@ -205,7 +207,8 @@ def test_contexts_and_rings(sections: list[ad.AnnData]):
     ring1 = [i for i in range(81) if i != centre and max(abs(i // 9 - 4), abs(i % 9 - 4)) == 1]
     np.testing.assert_allclose(ringed[centre, 134:268], plain[ring1].mean(axis=0), rtol=1e-4, atol=1e-5)
     assert default_contexts([slide]) == CONTEXTS_UM
-    assert default_contexts(as_slides(sections[0], mpp=16.0)) == COARSE_CONTEXTS_UM
+    with pytest.warns(StfmWarning, match="16.000 by mpp="):
+        assert default_contexts(as_slides(sections[0], mpp=16.0)) == COARSE_CONTEXTS_UM
 
 
 def _simulated(n_sections: int, seed: int = 0, n: int = 60, f: int = 40, rank: int = 2):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from stfm.models.base import Model
     from stfm.slide.slide import Slide
 
-__all__ = ["SlideFeatures", "fit_on_slides", "predict_slide", "targets_of"]
+__all__ = ["SlideFeatures", "fit_on_slides", "nearest_genes", "predict_slide", "targets_of"]
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,8 @@ class SlideFeatures:
         Sides of the tiles in µm; empty for a model, which has its own.
     rings
         Rings of neighbours whose means are appended.
+    tile_px
+        Side in px at which tiles are shown to an encoder.
     batch_size, device, cache
         As of :func:`~stfm.inference.contexts.context_features`.
     """
@@ -54,6 +57,7 @@ class SlideFeatures:
     fingerprint: str
     contexts_um: tuple[float, ...]
     rings: int
+    tile_px: int = 224
     batch_size: int = 64
     device: str = "auto"
     cache: bool = True
@@ -67,6 +71,7 @@ class SlideFeatures:
         weights: str | Path | None = None,
         contexts_um: Sequence[float] | None = None,
         rings: int = 2,
+        tile_px: int = 224,
         batch_size: int = 64,
         device: str = "auto",
         cache: bool = True,
@@ -81,7 +86,10 @@ class SlideFeatures:
             source = _encoder(source, weights)
             name = str(getattr(getattr(source, "spec", None), "name", type(source).__name__))
             contexts = tuple(map(float, default_contexts(slides) if contexts_um is None else contexts_um))
-        return cls(source, name, encoder_fingerprint(source), contexts, rings, batch_size, device, cache)
+            if not contexts:
+                msg = "contexts_um is empty; give at least one tile size in µm."
+                raise InputError(msg)
+        return cls(source, name, encoder_fingerprint(source), contexts, rings, tile_px, batch_size, device, cache)
 
     @classmethod
     def like(
@@ -97,7 +105,7 @@ class SlideFeatures:
         """Return the features that a predictor was fitted on, made by ``source``, which must have the same weights."""
         extractor = cls.of(
             source, [], weights=weights, contexts_um=described["contexts_um"], rings=int(described["rings"]),
-            batch_size=batch_size, device=device, cache=cache,
+            tile_px=int(described["tile_px"]), batch_size=batch_size, device=device, cache=cache,
         )  # fmt: skip
         if extractor.fingerprint != described["fingerprint"]:
             msg = (
@@ -111,15 +119,15 @@ class SlideFeatures:
         """Return how they are made, for the record of a predictor."""
         return {
             "name": self.name, "fingerprint": self.fingerprint, "contexts_um": list(self.contexts_um),
-            "rings": self.rings,
+            "rings": self.rings, "tile_px": self.tile_px,
         }  # fmt: skip
 
     def __call__(self, slide: Slide) -> NDArray[np.float32]:
         """Return the features of a slide, float32 ``(n, f)``."""
         if self.contexts_um:
             return context_features(
-                slide, self.source, contexts_um=self.contexts_um, rings=self.rings, batch_size=self.batch_size,
-                device=self.device, cache=self.cache,
+                slide, self.source, contexts_um=self.contexts_um, rings=self.rings, tile_px=self.tile_px,
+                batch_size=self.batch_size, device=self.device, cache=self.cache,
             )  # fmt: skip
         return surround(self._of_model(slide), slide.coords, self.rings)
 
@@ -235,7 +243,16 @@ def _named(genes: list[str], shared: Vocabulary) -> NDArray[np.int64]:
     absent = [gene for gene in genes if str(gene).upper() not in place]
     if absent:
         more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
-        advice = did_you_mean(str(absent[0]).upper(), place) if len(place) < 50_000 else ""
-        msg = f"gene {absent[0]!r}{more} is not measured on every reference slide. {advice[:200]}"
+        advice = nearest_genes(str(absent[0]), [str(name) for name in shared.names])
+        msg = f"gene {absent[0]!r}{more} is not measured on every reference slide. {advice}"
         raise InputError(msg)
     return np.array([place[str(gene).upper()] for gene in genes], dtype=np.int64)
+
+
+def nearest_genes(gene: str, names: Sequence[str]) -> str:
+    """Return a sentence that names the genes spelled most like one that is not there."""
+    spelled = {name.upper(): name for name in names}
+    near = difflib.get_close_matches(gene.upper(), spelled, n=3, cutoff=0.6)
+    if near:
+        return f"Did you mean {' or '.join(repr(spelled[n]) for n in near)}?"
+    return f"There are {len(names)} genes, {', '.join(map(repr, names[:5]))} among them."

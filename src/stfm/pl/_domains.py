@@ -101,7 +101,7 @@ def _categories(adata: AnnData, key: str) -> pd.Categorical:
         msg = f"adata.obs has no column {key!r}. {did_you_mean(key, map(str, adata.obs.columns))}{advice}"
         raise MissingKeyError(msg)
     column = adata.obs[key]
-    named = column.where(column.isna(), column.astype(str))
+    named = [None if absent else str(value) for value, absent in zip(column, column.isna(), strict=True)]
     if isinstance(column.dtype, pd.CategoricalDtype):
         return pd.Categorical(named, categories=[str(c) for c in column.cat.categories])
     return pd.Categorical(named)

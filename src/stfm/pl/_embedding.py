@@ -152,7 +152,7 @@ def _scatter(
         bar.outline.set_visible(False)
         bar.ax.tick_params(labelsize=8, length=2)
         return
-    labels = pd.Categorical(values.where(values.isna(), values.astype(str)))
+    labels = pd.Categorical([None if absent else str(v) for v, absent in zip(values, values.isna(), strict=True)])
     if isinstance(values.dtype, pd.CategoricalDtype):
         labels = labels.set_categories([str(c) for c in values.cat.categories])
     palette = category_palette(adata, str(values.name), list(labels.categories))

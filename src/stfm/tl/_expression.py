@@ -10,9 +10,9 @@ import numpy as np
 from stfm._errors import InputError, WrongTypeError
 from stfm._keys import PREDICTED, SPATIAL
 from stfm._provenance import record
-from stfm._validate import check_choice, did_you_mean
+from stfm._validate import check_choice
 from stfm.inference.expression import METHODS, RANKS, ExpressionPredictor
-from stfm.inference.expression_slides import SlideFeatures, fit_on_slides, predict_slide
+from stfm.inference.expression_slides import SlideFeatures, fit_on_slides, nearest_genes, predict_slide
 from stfm.slide.read import as_slides
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ def predict_expression(
     weights: str | Path | None = None,
     contexts_um: Sequence[float] | None = None,
     rings: int = 2,
+    tile_px: int = 224,
     library_key: str | None = None,
     spatial_key: str = SPATIAL,
     layer: str | None = None,
@@ -84,6 +85,8 @@ def predict_expression(
         Sides of the tiles in µm; by default 112, 224 and 448, or 448 and 1120 where the image is too coarse.
     rings
         Rings of neighbouring spots whose mean features are appended.
+    tile_px
+        Side in px at which tiles are shown to an encoder; smaller is faster.
     library_key
         Column of ``obs`` that names the library of a spot, in ``adata`` and in the reference.
     spatial_key
@@ -139,7 +142,8 @@ def predict_expression(
     if reference is not None:
         fitted = fit_expression(
             reference, genes=genes, method=method, features=features, weights=weights,
-            contexts_um=contexts_um, rings=rings, library_key=library_key, spatial_key=spatial_key, layer=layer,
+            contexts_um=contexts_um, rings=rings, tile_px=tile_px,
+            library_key=library_key, spatial_key=spatial_key, layer=layer,
             image=_mapping(image), mpp=_mapping(mpp), batch_size=batch_size, device=device, cache=cache, rng=rng,
         )  # fmt: skip
         source = "reference"
@@ -170,6 +174,7 @@ def fit_expression(
     weights: str | Path | None = None,
     contexts_um: Sequence[float] | None = None,
     rings: int = 2,
+    tile_px: int = 224,
     n_components: int | Sequence[int] = 256,
     ranks: Sequence[int | None] = RANKS,
     library_key: str | None = None,
@@ -200,6 +205,8 @@ def fit_expression(
         Sides of the tiles in µm; by default 112, 224 and 448, or 448 and 1120 where an image is too coarse.
     rings
         Rings of neighbouring spots whose mean features are appended.
+    tile_px
+        Side in px at which tiles are shown to an encoder; smaller is faster.
     n_components
         Principal components of the features, or several numbers to choose from.
     ranks
@@ -242,7 +249,7 @@ def fit_expression(
     slides = as_slides(reference, library_key=library_key, spatial_key=spatial_key, layer=layer, image=image, mpp=mpp)
     _need_images(slides)
     extractor = SlideFeatures.of(
-        features, slides, weights=weights, contexts_um=contexts_um, rings=rings,
+        features, slides, weights=weights, contexts_um=contexts_um, rings=rings, tile_px=tile_px,
         batch_size=batch_size, device=device, cache=cache,
     )  # fmt: skip
     return fit_on_slides(
@@ -293,7 +300,7 @@ def _columns(fitted: ExpressionPredictor, genes: str | Sequence[str] | None) -> 
     place = {gene: i for i, gene in enumerate(fitted.genes)}
     absent = [gene for gene in genes if gene not in place]
     if absent:
-        msg = f"the predictor has no gene {absent[0]!r}. {did_you_mean(str(absent[0]), place)}"
+        msg = f"the predictor has no gene {absent[0]!r}. {nearest_genes(str(absent[0]), fitted.genes)}"
         raise InputError(msg)
     return [place[gene] for gene in genes]
 
