@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from stfm import _lazy
 
-if TYPE_CHECKING:
-    from stfm.models.base import Embedding, Model
-    from stfm.models.inputs import InputSpec
-    from stfm.models.registry import create, list_models, load
-
-__all__ = ["Embedding", "InputSpec", "Model", "create", "list_models", "load"]
-
-__getattr__, __dir__, _ = _lazy.attach(
+__getattr__, __dir__, __all__ = _lazy.attach(
     __name__,
     {
+        "ContrastiveConfig": "contrastive",
         "Embedding": "base",
+        "EncoderChoice": "_slots",
         "InputSpec": "inputs",
         "Model": "base",
+        "STAlignConfig": "st_align_config",
         "create": "registry",
         "list_models": "registry",
         "load": "registry",

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from stfm._errors import DataIntegrityError, InputError, MissingKeyError
 from stfm._version import __version__
+from stfm.models._card import model_card
 from stfm.slide.genes import Vocabulary
 
 if TYPE_CHECKING:
@@ -135,8 +136,6 @@ class Model(nn.Module, ABC):
         """
         from safetensors.torch import save_file
 
-        from stfm.models._card import model_card
-
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         weights = {k: v.detach().cpu().contiguous().clone() for k, v in self.state_dict().items()}
@@ -147,7 +146,15 @@ class Model(nn.Module, ABC):
             self.vocabulary.save(folder / GENES_FILE)
         if self.history is not None:
             self.history.to_csv(folder / HISTORY_FILE, index=False)
-        (folder / CARD_FILE).write_text(model_card(self), encoding="utf-8")
+        card = model_card(
+            self.family,
+            n_parameters=self.n_parameters,
+            n_genes=0 if self.vocabulary is None else len(self.vocabulary),
+            config=asdict(self.config),
+            seen=asdict(self.seen),
+            history=self.history,
+        )
+        (folder / CARD_FILE).write_text(card, encoding="utf-8")
         description = {
             "family": self.family,
             "stfm_version": __version__,

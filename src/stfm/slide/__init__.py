@@ -2,14 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from stfm import _lazy
 
-if TYPE_CHECKING:
-    from stfm.slide.read import as_slides
-    from stfm.slide.slide import Slide
-
-__all__ = ["Slide", "as_slides"]
-
-__getattr__, __dir__, _ = _lazy.attach(__name__, {"Slide": "slide", "as_slides": "read"})
+__getattr__, __dir__, __all__ = _lazy.attach(__name__, {"Slide": "slide", "as_slides": "read"})

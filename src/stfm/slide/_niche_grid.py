@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from stfm.slide._niche_kernels import Rule, insert, njit, reach, write_row
 from stfm.slide._threads import edges, run
 
+SLACK = 1e-6  # of the side of a cell: a point may lie a rounding error outside the cell it was counted in
 _CROWDED = 1.5  # times the points meant for a cell: beyond this a grid is the wrong tool
 
 
@@ -125,8 +126,7 @@ def unseen(
         least = min(least, y - (y0 + (cy - r) * h))
     if cy + r < shape[1] - 1:
         least = min(least, y0 + (cy + r + 1) * h - y)
-    # a point may lie a rounding error outside the cell it was counted in
-    return float(max(least - 1e-6 * h, 0.0))
+    return float(max(least - SLACK * h, 0.0))
 
 
 @njit
@@ -150,26 +150,38 @@ def query(
     d2s = np.empty(capacity)
     found = np.empty(capacity, np.int32)
     nx, ny = shape[0], shape[1]
+    h = geometry[2]
+    slack = SLACK * h
     for p in queue:
         x, y = points[p, 0], points[p, 1]
         cx = cell_of(x, geometry[0], geometry[3], nx)
         cy = cell_of(y, geometry[1], geometry[3], ny)
         m = 0
         r = 1
+        need = limit2
         while True:
-            for row in range(max(cy - r, 0), min(cy + r, ny - 1) + 1):
+            for step in range(2 * r + 1):  # the own row of cells first, then those beside it
+                row = cy + (step + 1) // 2 * (1 if step % 2 else -1)
+                if row < 0 or row >= ny:
+                    continue
+                gap = max(geometry[1] + row * h - y, y - geometry[1] - (row + 1) * h) - slack
+                if gap > 0 and gap * gap > need:
+                    continue
                 first = row * nx
-                if r == 1 or row == cy - r or row == cy + r:
-                    # whole rows of cells: the first 3 x 3 block, later the top and bottom of the ring around it
+                if r == 1 or step >= 2 * r - 1:
+                    # whole rows: the 3 x 3 block, later the top and the bottom of the ring around what was seen
                     lo, hi = starts[first + max(cx - r, 0)], starts[first + min(cx + r, nx - 1) + 1]
                     m = scan(points, ids, p, lo, hi, limit2, d2s, found, m)
-                    continue
-                if cx - r >= 0:
-                    m = scan(points, ids, p, starts[first + cx - r], starts[first + cx - r + 1], limit2, d2s, found, m)
-                if cx + r < nx:
-                    m = scan(points, ids, p, starts[first + cx + r], starts[first + cx + r + 1], limit2, d2s, found, m)
+                else:
+                    if cx - r >= 0:
+                        lo, hi = starts[first + cx - r], starts[first + cx - r + 1]
+                        m = scan(points, ids, p, lo, hi, limit2, d2s, found, m)
+                    if cx + r < nx:
+                        lo, hi = starts[first + cx + r], starts[first + cx + r + 1]
+                        m = scan(points, ids, p, lo, hi, limit2, d2s, found, m)
+                need = reach(d2s, m, k, tolerance, limit2)
             seen = unseen(x, y, geometry, shape, cx, cy, r)
-            if seen * seen > reach(d2s, m, k, tolerance, limit2) or seen == np.inf:
+            if seen * seen > need or seen == np.inf:
                 break
             r += 1
         i = ids[p]

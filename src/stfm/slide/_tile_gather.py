@@ -9,7 +9,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numba import njit
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -17,30 +19,45 @@ if TYPE_CHECKING:
 WHITE = 255
 
 
+@intrinsic
+def _copy(typing, source, at, target, to, n):  # type: ignore[no-untyped-def]
+    """Copy ``n`` bytes between flat arrays by memcpy, which a loop over short rows does not reach."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        pointers = [
+            builder.gep(context.make_array(signature.args[a])(context, builder, arguments[a]).data, [arguments[a + 1]])
+            for a in (0, 2)
+        ]
+        cgutils.raw_memcpy(builder, pointers[1], pointers[0], arguments[4], 1)
+        return context.get_dummy_value()
+
+    return types.void(source, types.int64, target, types.int64, types.int64), generate
+
+
 @njit(cache=True, nogil=True, inline="always")
-def _copy_tile(image, y0, x0, out):  # type: ignore[no-untyped-def]
-    """Copy one tile whose rows are flat: ``image`` (h, w * 3), ``out`` (size, size * 3)."""
-    size = out.shape[0]
-    height, width = image.shape[0], image.shape[1] // 3
-    left, right = max(x0, 0), min(x0 + size, width)
-    whole = left == x0 and right == x0 + size and y0 >= 0 and y0 + size <= height
-    for r in range(size):
-        y = y0 + r
-        if whole:
-            out[r] = image[y, x0 * 3 : x0 * 3 + size * 3]
-        elif y < 0 or y >= height or right <= left:
-            out[r] = WHITE
-        else:
-            out[r, : (left - x0) * 3] = WHITE
-            out[r, (left - x0) * 3 : (right - x0) * 3] = image[y, left * 3 : right * 3]
-            out[r, (right - x0) * 3 :] = WHITE
+def _fill(target, to, n, value):  # type: ignore[no-untyped-def]
+    """Set ``n`` entries of a flat array."""
+    for k in range(np.uint64(n)):
+        target[np.uint64(to) + k] = value
 
 
 @njit(cache=True, nogil=True)
 def gather(image, y0, x0, out, lo, hi):  # type: ignore[no-untyped-def]
     """Copy tiles at whole pixels: ``image`` (h, w * 3) uint8, corners int64, ``out`` (m, size, size * 3) uint8."""
+    size = out.shape[1]
+    height, width = image.shape[0], image.shape[1] // 3
+    source, target = image.reshape(-1), out.reshape(-1)
     for i in range(lo, hi):
-        _copy_tile(image, y0[i], x0[i], out[i])
+        left = min(max(x0[i], 0), x0[i] + size)
+        right = max(min(x0[i] + size, width), left)
+        for r in range(size):
+            y, to = y0[i] + r, (i * size + r) * size * 3
+            if y < 0 or y >= height:
+                _fill(target, to, size * 3, WHITE)
+                continue
+            _fill(target, to, (left - x0[i]) * 3, WHITE)
+            _copy(source, (y * width + left) * 3, target, to + (left - x0[i]) * 3, (right - left) * 3)
+            _fill(target, to + (right - x0[i]) * 3, (x0[i] + size - right) * 3, WHITE)
 
 
 def gather_numpy(
@@ -57,36 +74,40 @@ def gather_numpy(
 
 
 @njit(cache=True, nogil=True)
+def _split(source, target, plane, n, scale, shift):  # type: ignore[no-untyped-def]
+    """Write the first ``n`` px of a flat image to three planes of a flat float array, normalised.
+
+    Positions are unsigned and start at 0: without tests for negative ones the loop runs in vectors.
+    """
+    red, green, blue = scale[0], scale[1], scale[2]
+    red_shift, green_shift, blue_shift = shift[0], shift[1], shift[2]
+    p = np.uint64(plane)
+    for k in range(np.uint64(n)):
+        a = np.uint64(3) * k
+        target[k] = np.float32(source[a]) * red + red_shift
+        target[k + p] = np.float32(source[a + np.uint64(1)]) * green + green_shift
+        target[k + p + p] = np.float32(source[a + np.uint64(2)]) * blue + blue_shift
+
+
+@njit(cache=True, nogil=True)
 def gather_float(image, y0, x0, scale, shift, out, lo, hi):  # type: ignore[no-untyped-def]
     """Copy and normalise in one pass: ``out`` (m, 3, size, size) float32 = value * scale[channel] + shift[channel]."""
     size = out.shape[2]
-    height, width = image.shape[0], image.shape[1] // 3
+    plane = size * size
+    tile = np.empty((1, size, size * 3), np.uint8)  # stays in the processor's cache
+    source, target = tile.reshape(-1), out.reshape(-1)
     for i in range(lo, hi):
-        left, right = max(x0[i], 0), min(x0[i] + size, width)
-        for r in range(size):
-            y = y0[i] + r
-            inside = y >= 0 and y < height and right > left
-            for c in range(3):
-                row = out[i, c, r]
-                if not inside:
-                    row[:] = WHITE * scale[c] + shift[c]
-                    continue
-                row[: left - x0[i]] = WHITE * scale[c] + shift[c]
-                pixels = image[y, left * 3 : right * 3]
-                for k in range(right - left):
-                    row[left - x0[i] + k] = pixels[3 * k + c] * scale[c] + shift[c]
-                row[right - x0[i] :] = WHITE * scale[c] + shift[c]
+        gather(image, y0[i : i + 1], x0[i : i + 1], tile, 0, 1)
+        _split(source, target[i * plane * 3 :], plane, plane, scale, shift)
 
 
 @njit(cache=True, nogil=True)
 def normalise(tiles, scale, shift, out, lo, hi):  # type: ignore[no-untyped-def]
     """Turn uint8 ``(m, size, size, 3)`` into float32 ``(m, 3, size, size)``: value * scale + shift, by channel."""
-    size = tiles.shape[1]
+    plane = tiles.shape[1] * tiles.shape[2]
+    source, target = tiles.reshape(-1), out.reshape(-1)
     for i in range(lo, hi):
-        for c in range(3):
-            for r in range(size):
-                for k in range(size):
-                    out[i, c, r, k] = tiles[i, r, k, c] * scale[c] + shift[c]
+        _split(source[i * plane * 3 :], target[i * plane * 3 :], plane, plane, scale, shift)
 
 
 @njit(cache=True, nogil=True, inline="always")
@@ -119,10 +140,9 @@ def shrink(image, y0, x0, side, bounds, out, begin_at, end_at):  # type: ignore[
                 if y < top or y >= bottom or hi <= lo:
                     white += weight
                     continue
-                run = total[(lo - first) * 3 : (hi - first) * 3]
-                pixels = image[y, lo * 3 : hi * 3]
-                for k in range(len(run)):
-                    run[k] += weight * pixels[k]
+                run, pixels = total[(lo - first) * 3 : (hi - first) * 3], image[y, lo * 3 : hi * 3]
+                for k in range(np.uint64(len(run))):
+                    run[k] += weight * np.float32(pixels[k])
             rows = np.float32(step) - white  # weight of the rows that lie in the image
             if hi > lo:
                 for k in range((lo - first) * 3):
@@ -209,7 +229,7 @@ def enlarge(image, y0, x0, side, bounds, out, begin_at, end_at):  # type: ignore
             ya = int(np.floor(y - 0.5))
             wy = np.float32(y - 0.5 - ya)
             upper, lower = image[max(ya, top)], image[min(ya + 1, bottom - 1)]
-            for k in range(begin * 3, end * 3):
+            for k in range(np.uint64(begin * 3), np.uint64(end * 3)):
                 between[k] = upper[k] * (one - wy) + lower[k] * wy
             for c in range(size):
                 a, b, wx = column[0, c] * 3, column[1, c] * 3, share[c]
@@ -249,11 +269,12 @@ def scatter(block, block_y, block_x, tiles, y0, x0, out, lo, hi):  # type: ignor
     """
     size = out.shape[1]
     height, width = block.shape[0], block.shape[1] // 3
+    source, target = block.reshape(-1), out.reshape(-1)
     for j in range(lo, hi):
         i = tiles[j]
         left, right = max(x0[i], block_x), min(x0[i] + size, block_x + width)
         if right <= left:
             continue
         for y in range(max(y0[i], block_y), min(y0[i] + size, block_y + height)):
-            row = block[y - block_y, (left - block_x) * 3 : (right - block_x) * 3]
-            out[i, y - y0[i], (left - x0[i]) * 3 : (right - x0[i]) * 3] = row
+            at, to = (y - block_y) * width + left - block_x, (i * size + y - y0[i]) * size + left - x0[i]
+            _copy(source, at * 3, target, to * 3, (right - left) * 3)

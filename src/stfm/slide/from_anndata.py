@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import anndata
 import numpy as np
 from anndata import AnnData
 
@@ -38,6 +39,22 @@ class Library:
 
     name: str
     rows: NDArray[np.int64]
+
+
+def is_table(data: Any) -> bool:
+    """Whether something is an AnnData."""
+    return isinstance(data, AnnData)
+
+
+def read_file(path: Path) -> AnnData:
+    """Open an ``.h5ad`` file without reading its counts."""
+    if not path.exists():
+        msg = f"{path} does not exist."
+        raise MissingKeyError(msg)
+    if path.suffix != ".h5ad":
+        msg = f"{path} is not read here: give an .h5ad file, or an AnnData that you read yourself."
+        raise InputError(msg)
+    return anndata.read_h5ad(path, backed="r")
 
 
 def target(adata: AnnData, *, copy: bool) -> AnnData:

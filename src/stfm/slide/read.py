@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stfm._errors import InputError, MissingKeyError, WrongTypeError
+from stfm._errors import InputError, WrongTypeError
 from stfm._keys import UNNAMED
 from stfm.slide.slide import Slide
 
@@ -76,28 +76,14 @@ def as_slides(
             msg = "The list of slides is empty; give at least one AnnData, Slide or path."
             raise InputError(msg)
         return _unique([_numbered(slide, i) for i, item in enumerate(data) for slide in as_slides(item, **options)])
+    from stfm.slide import from_anndata
+
     if isinstance(data, (str, Path)):
-        data = _read_file(Path(data))
-    from anndata import AnnData
-
-    if isinstance(data, AnnData):
-        from stfm.slide.from_anndata import slides_from_anndata
-
-        return slides_from_anndata(data, **options)
+        data = from_anndata.read_file(Path(data))
+    if from_anndata.is_table(data):
+        return from_anndata.slides_from_anndata(data, **options)
     msg = f"data must be AnnData, a path of an .h5ad file, a Slide or a list of these, got {type(data).__name__}."
     raise WrongTypeError(msg)
-
-
-def _read_file(path: Path) -> Any:
-    import anndata
-
-    if not path.exists():
-        msg = f"{path} does not exist."
-        raise MissingKeyError(msg)
-    if path.suffix != ".h5ad":
-        msg = f"{path} is not read here: give an .h5ad file, or an AnnData that you read yourself."
-        raise InputError(msg)
-    return anndata.read_h5ad(path, backed="r")
 
 
 def _numbered(slide: Slide, position: int) -> Slide:
