@@ -44,7 +44,15 @@ def test_doctor_json_reports_every_part():
     result = runner.invoke(app, ["doctor", "--json"])
     assert result.exit_code == 0
     findings = json.loads(result.stdout)
-    assert {row["part"] for row in findings} == {"versions", "device", "threads", "cache", "network", "extras", "weights"}
+    assert {row["part"] for row in findings} == {
+        "versions",
+        "device",
+        "threads",
+        "cache",
+        "network",
+        "extras",
+        "weights",
+    }
     assert {row["state"] for row in findings} <= set(_doctor.STATES)
     assert all(row["advice"] for row in findings if row["state"] != "ok")
 

@@ -211,7 +211,7 @@ def test_slots_are_named_once():
     slots = {"X_stfm", "spatial_domain", "predicted_expression", "niche_connectivities", "niche_distances"}
     wrong = []
     for module, path in MODULES.items():
-        if module == "stfm._keys" or floor(module) > 4:
+        if module == "stfm._keys" or floor(module) > 4 or path.name == "__init__.py":
             continue
         for node in ast.walk(tree(path)):
             if isinstance(node, ast.Constant) and node.value in slots:

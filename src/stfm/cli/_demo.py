@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from stfm._errors import InputError
 from stfm._keys import DOMAIN, EMBEDDING, PREDICTED
 from stfm.cli._report import Report, Row
+from stfm.cli._tissue import open_tissue
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -20,34 +19,12 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from rich.console import Console
 
+    from stfm.cli._tissue import Tissue
     from stfm.models import Model
 
 MODEL = "st-align-small"
 GENES = "hvg50"  # predicted from H&E: the most variable ones of the training tissue
-TOY = {"n_spots": 500, "n_patients": 4, "n_genes": 600}
-LIBRARY, TRUTH, PCA = "library_id", "domain", "X_pca"
-
-
-@dataclass
-class Tissue:
-    """Training slides and one held-out slide.
-
-    Parameters
-    ----------
-    train
-        Slides to learn from.
-    test
-        One slide that is only measured on.
-    truth
-        Column of ``obs`` with known domains, or None.
-    words
-        What is trained on and what is held out.
-    """
-
-    train: list[AnnData]
-    test: AnnData
-    truth: str | None
-    words: str
+PCA = "X_pca"
 
 
 def run(dataset: str, *, out: Path, seed: int) -> Report:
@@ -87,7 +64,7 @@ def run(dataset: str, *, out: Path, seed: int) -> Report:
     with _step("expression from H&E", seconds, console):
         predict(tissue, model, report, seed)
     with _step("figures", seconds, console):
-        figures = _demo_figures.draw(tissue, model, report, out)
+        figures = _demo_figures.draw(tissue, model, report.genes, out)
     _report.write(report, out, figures)
     console.print()
     _report.show(report, console)
@@ -103,41 +80,6 @@ def _step(name: str, seconds: dict[str, float], console: Console) -> Iterator[No
     yield
     seconds[name] = time.perf_counter() - started
     console.print(f" {seconds[name]:.1f} s", highlight=False)
-
-
-def open_tissue(dataset: str, seed: int) -> Tissue:
-    """Return training and held-out slides: another patient of the toy, or the other sections of a real one."""
-    from stfm import datasets
-
-    if dataset == "toy":
-        adata = datasets.toy(**TOY, rng=seed)
-        libraries = list(adata.obs[LIBRARY].cat.categories)
-        *seen, held_out = (_library(adata, name) for name in libraries)
-        words = f"Simulated tumour: trained on {len(seen)} patients, measured on another one (other stain, other batch)."
-        return Tissue(seen, held_out, TRUTH, words)
-    table = datasets.list_datasets()
-    if dataset not in table.index or not table.loc[dataset, "image"]:
-        known = ", ".join(name for name in table.index[table["image"].astype(bool)])
-        raise InputError(f"The demo has no data set {dataset!r}; with H&E there are {known}.")
-    row = table.loc[dataset]
-    study = dataset.split(":")[0]
-    others = [
-        name
-        for name in table.index[table["image"].astype(bool)]
-        if name.startswith(f"{study}:") and name != dataset and table.loc[name, "patient"] == row["patient"]
-    ] or [name for name in table.index if name.startswith(f"{study}:") and name != dataset and table.loc[name, "image"]]
-    same = all(table.loc[name, "patient"] == row["patient"] for name in others)
-    note = "sections of the same patient, so this is no test across patients" if same else "another patient"
-    words = f"{row['title']}: trained on {', '.join(others)}, measured on {dataset} ({note})."
-    return Tissue([datasets.load(name) for name in others], datasets.load(dataset), None, words)
-
-
-def _library(adata: AnnData, name: str) -> AnnData:
-    """Return one library as an object of its own, with its own image only."""
-    part = adata[adata.obs[LIBRARY] == name].copy()
-    part.obs[LIBRARY] = part.obs[LIBRARY].cat.remove_unused_categories()
-    part.uns["spatial"] = {name: adata.uns["spatial"][name]}
-    return part
 
 
 def prepare(tissue: Tissue) -> None:
@@ -210,7 +152,8 @@ def predict(tissue: Tissue, model: Model, report: Report, seed: int) -> None:
         measured = log_expression(test, genes)
         r = metrics.gene_pearson(measured, test.obsm[key].to_numpy())
         report.expression.append(Row(method, float(r.mean()), ours=features is model))
-    report.genes = genes or []
+        if key == PREDICTED:
+            report.genes = [genes[place] for place in r.argsort()[::-1]]
     columns = test.var_names.get_indexer(report.genes)
     report.ceiling = float(metrics.noise_ceiling(test.X, columns=columns, rng=seed).mean())
 
