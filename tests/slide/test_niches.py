@@ -14,6 +14,7 @@ from stfm.slide._niche_tree import Tree
 from stfm.slide.niches import (
     NicheTable,
     Request,
+    _in_order,
     knn,
     knn_numpy,
     lattice_tolerance,
@@ -118,7 +119,7 @@ class TestAgainstTwin:
                 short = np.zeros(n, bool)
                 searcher.query(blocks, capacity, request.rule(capacity, 0.0), index, distance, short)
                 assert not short.any()
-                found.append(NicheTable(index, distance))
+                found.append(_in_order(NicheTable(index, distance), searcher.ids, 1))
             same(*found)
 
     @pytest.mark.parametrize("spread", ["clustered", "outlier"])

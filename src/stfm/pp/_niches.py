@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from stfm.slide.niches import NicheTable
 
 _logger = get_logger(__name__)
-_SCALE_SPOTS = 4000  # spots around the middle that show the lattice of a library
+_SCALE_SPOTS = 2000  # spots around the middle that show the lattice of a library
 
 
 def build_niches(
@@ -161,9 +161,11 @@ def _middle(library: Library, coords: NDArray[np.float64]) -> Library:
     if n <= 2 * _SCALE_SPOTS:
         return library
     xy = coords[:, :2] if n == len(coords) else coords[library.rows, :2]
-    center = np.median(xy[:: max(1, n // _SCALE_SPOTS)], axis=0)
-    away = np.maximum(np.abs(xy[:, 0] - center[0]), np.abs(xy[:, 1] - center[1]))
-    return Library(library.name, library.rows[np.sort(np.argpartition(away, _SCALE_SPOTS)[:_SCALE_SPOTS])])
+    some = xy[:: max(1, n // 20_000)]
+    center = np.median(some, axis=0)
+    reach = np.quantile(np.abs(some - center).max(axis=1), _SCALE_SPOTS / n)
+    near = (np.abs(xy[:, 0] - center[0]) <= reach) & (np.abs(xy[:, 1] - center[1]) <= reach)
+    return Library(library.name, library.rows[near])
 
 
 def _tell(found: list[Library], n_neighbors: int | None, empty: int) -> None:

@@ -146,7 +146,7 @@ def query(
     distance: NDArray[np.float32],
     short: NDArray[np.bool_],
 ) -> None:
-    """Niches of the queued points (positions in cell order), written into the rows of their ids."""
+    """Niches of the queued points (positions in cell order), written into the rows of their positions."""
     d2s = np.empty(capacity)
     found = np.empty(capacity, np.int32)
     nx, ny = shape[0], shape[1]
@@ -184,8 +184,7 @@ def query(
             if seen * seen > need or seen == np.inf:
                 break
             r += 1
-        i = ids[p]
-        if not write_row(d2s, found, m, k, tolerance, keep_all, index[i], distance[i]):
+        if not write_row(d2s, found, m, k, tolerance, keep_all, index[p], distance[p]):
             short[p] = True
 
 
@@ -261,7 +260,7 @@ class Grid:
         distance: NDArray[np.float32],
         short: NDArray[np.bool_],
     ) -> None:
-        """Write the niches of some points into the rows of their ids; mark positions where `capacity` was too small."""
+        """Write niches into the rows of their positions; mark positions where `capacity` was too small."""
         query(
             self.points,
             self.ids,

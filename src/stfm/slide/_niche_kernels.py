@@ -109,6 +109,14 @@ def write_row(
 
 
 @njit
+def place(rows: NDArray[np.generic], order: NDArray[np.int32], lo: int, hi: int, out: NDArray[np.generic]) -> None:
+    """Write ``out[i] = rows[order[i]]`` for a range of i."""
+    for i in range(lo, hi):
+        for t in range(rows.shape[1]):
+            out[i, t] = rows[order[i], t]
+
+
+@njit
 def mean_rows(
     data: NDArray[np.float32],
     columns: NDArray[np.int32],

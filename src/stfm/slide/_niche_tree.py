@@ -214,9 +214,8 @@ def query(
             walk(points, ids, boxes, leaf, up ^ 1, stack, k, limit2, tolerance, d2s, found, held, need)
             up >>= 1
         for p in range(lo, hi):
-            i = ids[p]
             s = p - lo
-            if not write_row(d2s[s], found[s], held[s], k, tolerance, keep_all, index[i], distance[i]):
+            if not write_row(d2s[s], found[s], held[s], k, tolerance, keep_all, index[p], distance[p]):
                 short[p] = True
 
 
@@ -270,7 +269,7 @@ class Tree:
         distance: NDArray[np.float32],
         short: NDArray[np.bool_],
     ) -> None:
-        """Write the niches of all points of some leaves; mark positions where `capacity` was too small."""
+        """Write niches into the rows of their positions; mark positions where `capacity` was too small."""
         query(
             self.points,
             self.ids,

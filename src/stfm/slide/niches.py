@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 __all__ = ["NicheTable", "knn", "knn_numpy", "lattice_tolerance", "niche_mean", "niche_mean_numpy"]
 
 TIES = ("index", "all")
-_SAMPLE = 1024  # spots that are asked first, to see how distances tie
+_SAMPLE = 256  # spots that are asked first, to see how distances tie
+_INLINE = 8192  # spots below which threads gain nothing
 _LATTICE_SPOTS = 10  # fewer are never called a lattice
 _LATTICE_SHARE = 0.9  # share of the spots of a lattice whose nearest neighbour lies at one pitch ...
 _LATTICE_SPREAD = 0.025  # ... to this part of it: rounding to pixels moves Visium's neighbours by up to 1.4 %
@@ -251,7 +252,7 @@ def _sample(searcher: Grid | Tree) -> NDArray[np.int32]:
 def _ask(searcher: Grid | Tree, blocks: NDArray[np.int32], capacity: int, rule: Rule) -> NicheTable:
     """Return the rows of some units of work alone."""
     n = len(searcher.ids)
-    rows = searcher.ids[searcher.positions(blocks)]
+    rows = searcher.positions(blocks)
     index, distance = np.empty((n, capacity), np.int32), np.empty((n, capacity), np.float32)
     index[rows], distance[rows] = -1, np.inf
     searcher.query(blocks, capacity, rule, index, distance, np.zeros(n, np.bool_))
@@ -271,7 +272,7 @@ def _fill(searcher: Grid | Tree, request: Request, tolerance: float, capacity: i
         def look(lo: int, hi: int, todo=blocks, held=capacity, rule=rule, table=table, short=short) -> None:  # type: ignore[no-untyped-def]
             searcher.query(todo[lo:hi], held, rule, table.index, table.distance, short)
 
-        run(look, len(blocks), threads, parts=8, inline=512)
+        run(look, len(blocks), threads, parts=8, inline=_INLINE * searcher.n_blocks // n)
         again = np.flatnonzero(short).astype(np.int32)
         if len(again) == 0:
             break
@@ -279,7 +280,20 @@ def _fill(searcher: Grid | Tree, request: Request, tolerance: float, capacity: i
         blocks = searcher.blocks(again)
         if ragged:
             table = widened(table, capacity)
-    return trimmed(table) if ragged else table
+    return _in_order(trimmed(table) if ragged else table, searcher.ids, threads)
+
+
+def _in_order(table: NicheTable, ids: NDArray[np.int32], threads: int) -> NicheTable:
+    """Return the rows in the order of the points; rows were written where the search went, which spares the cache."""
+    from stfm.slide._niche_kernels import place
+
+    n = len(ids)
+    order = np.empty(n, np.int32)
+    order[ids] = np.arange(n, dtype=np.int32)
+    index, distance = np.empty_like(table.index), np.empty_like(table.distance)
+    run(lambda lo, hi: place(table.index, order, lo, hi, index), n, threads, inline=_INLINE)
+    run(lambda lo, hi: place(table.distance, order, lo, hi, distance), n, threads, inline=_INLINE)
+    return NicheTable(index, distance)
 
 
 def _joined(tables: Sequence[NicheTable], members: Sequence[NDArray[np.intp]], n: int, request: Request) -> NicheTable:
