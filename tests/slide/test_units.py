@@ -135,8 +135,38 @@ def test_square_lattice_without_platform_is_st_and_told():
 def test_bins_that_touch_are_not_taken_for_st():
     with pytest.raises(InputError, match=r"square lattice of pitch 29.* mpp="):
         resolve_mpp(lattice("square", 29.0), spot_diameter_px=29.0)
-    assert resolve_mpp(lattice("square", 29.2), spot_diameter_px=29.2, metadata_mpp=0.274).mpp == 0.274
+    assert resolve_mpp(lattice("square", 29.2), spot_diameter_px=29.2, metadata_mpp=0.274).mpp == pytest.approx(
+        8 / 29.2
+    )
     assert resolve_mpp(lattice("square", 29.2), platform="visium_hd").mpp == pytest.approx(8 / 29.2)
+
+
+@pytest.mark.parametrize(("size", "platform"), [(2, "Visium HD 2"), (8, "Visium HD 8"), (16, "Visium HD 16")])
+@pytest.mark.parametrize("named", [None, "Visium HD"])
+def test_bins_are_told_apart_by_their_size(size, platform, named):
+    mpp = 0.2737
+    found = resolve_mpp(lattice("square", size / mpp), spot_diameter_px=size / mpp, metadata_mpp=mpp, platform=named)
+    assert (found.platform, found.message) == (platform, None)
+    assert found.mpp == pytest.approx(mpp)
+    with pytest.raises(InputError, match="mpp="):
+        resolve_mpp(lattice("square", size / mpp), spot_diameter_px=size / mpp)
+
+
+@pytest.mark.parametrize("size", [8, 16])
+def test_visium_hd_bundle(shared_data, size):
+    import json
+
+    import pandas as pd
+
+    folder = shared_data / "bundles/seurat_testdata/visium_hd/binned_outputs" / f"square_{size:03d}um" / "spatial"
+    factors = json.loads((folder / "scalefactors_json.json").read_text())
+    table = pd.read_parquet(folder / "tissue_positions.parquet")
+    xy = table[["pxl_col_in_fullres", "pxl_row_in_fullres"]].to_numpy()
+    found = resolve_mpp(
+        xy, metadata_mpp=factors["microns_per_pixel"], spot_diameter_px=factors["spot_diameter_fullres"]
+    )
+    assert found.mpp == pytest.approx(0.2738, abs=0.001)
+    assert found.platform == f"Visium HD {size}"
 
 
 @pytest.mark.parametrize("xy", [np.zeros((0, 2)), [[3.0, 4.0]], np.random.default_rng(0).random((50, 2))])

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 _SWAP_GAIN = 0.05  # so many more of the spots lie on tissue with x and y exchanged
 _SWAP_SIGMA = 3.0  # and more than chance would move
 _SWAP_MIN_SPOTS = 10
+_COARSE = 0.5  # an image with less than half of the px that a spot tile is shown at holds no cells
 
 
 def tile(
@@ -244,6 +245,16 @@ def _describe(
         default = default_tile_um(scale)
         spot_um, niche_um = spot_um or default[0], niche_um or default[1]
     path, key = _where(library, picture, image, image_key, plain)
+    shown = spot_um / reader.native_mpp
+    if shown < _COARSE * sizes["spot_px"]:
+        get_logger("pp").warning(
+            "library %s: a spot tile of %.4g µm is %.1f px of the image, shown at %d px; to see cells, give the "
+            "full-resolution image with image=",
+            library.name,
+            spot_um,
+            shown,
+            sizes["spot_px"],
+        )
     n_spot, n_niche = int(reader.padded(spot_um).sum()), int(reader.padded(niche_um).sum())
     get_logger("pp").info(
         "library %s: %.3f µm/px by %s; %d spot and %d niche tiles of %d go over the border and are padded with white",

@@ -56,7 +56,7 @@ def gather(image, y0, x0, out, lo, hi):  # type: ignore[no-untyped-def]
                 _fill(target, to, size * 3, WHITE)
                 continue
             _fill(target, to, (left - x0[i]) * 3, WHITE)
-            _copy(source, (y * width + left) * 3, target, to + (left - x0[i]) * 3, (right - left) * 3)
+            _copy(source, (y * width + left) * 3, target, to + (left - x0[i]) * 3, (right - left) * 3)  # type: ignore[call-arg, unused-ignore]
             _fill(target, to + (right - x0[i]) * 3, (x0[i] + size - right) * 3, WHITE)
 
 
@@ -277,4 +277,4 @@ def scatter(block, block_y, block_x, tiles, y0, x0, out, lo, hi):  # type: ignor
             continue
         for y in range(max(y0[i], block_y), min(y0[i] + size, block_y + height)):
             at, to = (y - block_y) * width + left - block_x, (i * size + y - y0[i]) * size + left - x0[i]
-            _copy(source, at * 3, target, to * 3, (right - left) * 3)
+            _copy(source, at * 3, target, to * 3, (right - left) * 3)  # type: ignore[call-arg, unused-ignore]

@@ -133,9 +133,9 @@ def resolve_mpp(
 ) -> Scale:
     """Find µm per pixel: by the argument, a regular lattice, the metadata, the diameter of a spot, in this order.
 
-    A hexagonal lattice is Visium's (100 µm). A square one is taken as ST (200 µm, or 141 µm where ``array_positions``
-    show the "2k" array) with a warning, unless ``platform`` names it. Contradictions of more than 5 % are told by a
-    warning.
+    A hexagonal lattice is Visium's (100 µm). Bins of Visium HD are told apart by their size where metadata give it. Any
+    other square lattice is taken as ST (200 µm, or 141 µm where ``array_positions`` show the "2k" array) with a
+    warning, unless ``platform`` names it. Contradictions of more than 5 % are told by a warning.
 
     Parameters
     ----------
@@ -171,6 +171,7 @@ def resolve_mpp(
             check_positive(name, value)
     row = None if platform is None else get_platform(platform)
     lattice = detect_lattice(coords_px)
+    row = _bins(lattice, row, metadata_mpp, spot_diameter_px)
     row, assumed = _platform_of(lattice, row, array_positions, spot_diameter_px)
     found: dict[str, float] = {}
     if row is not None and row.unit == "um":
@@ -179,13 +180,25 @@ def resolve_mpp(
         found["pitch"] = row.pitch_um / lattice.pitch
     if metadata_mpp is not None:
         found["metadata"] = float(metadata_mpp)
-    if spot_diameter_px is not None and (row is not None or lattice.kind != "square"):
+    if spot_diameter_px is not None and (row is not None or (lattice.kind != "square" and metadata_mpp is None)):
         found["spot diameter"] = (row or get_platform("Visium")).diameter_um / spot_diameter_px
     if mpp is not None:
         found = {"argument": float(mpp), **found}
     elif assumed and "metadata" in found:
         found.pop("pitch")  # a platform that is only assumed overrules nothing
     return _decide(found, lattice, row, assumed=assumed)
+
+
+def _bins(
+    lattice: Lattice, row: Platform | None, metadata_mpp: float | None, spot_diameter_px: float | None
+) -> Platform | None:
+    """Return the platform of touching bins where metadata give their size: one name covers bins of 2, 8 and 16 µm."""
+    side = lattice.pitch if lattice.kind == "square" else spot_diameter_px
+    if side is None or metadata_mpp is None or lattice.kind == "hex" or (row is not None and row.observation != "bin"):
+        return row
+    size = side * metadata_mpp
+    fits = (p for p in PLATFORMS if p.observation == "bin" and abs(size / p.pitch_um - 1) < _TOLERANCE)
+    return next(fits, row)
 
 
 def _platform_of(
