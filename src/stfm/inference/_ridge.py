@@ -113,13 +113,26 @@ def held_out(sizes: Sequence[int], coords: Sequence[NDArray[np.float64]] | None 
     return [(np.flatnonzero(section != s), np.flatnonzero(section == s)) for s in np.unique(section)]
 
 
-def choose(x: NDArray[np.float32], y: NDArray[np.float64], folds: Sequence[Fold], grid: Sequence[Choice]) -> Choice:
-    """Return the setting with the best mean r over held-out sections (constant = 0)."""
-    if len(grid) == 1:
-        return grid[0]
+def choose(
+    x: NDArray[np.float32],
+    y: NDArray[np.float64],
+    folds: Sequence[Fold],
+    bases: Sequence[Basis],
+    grid: Sequence[Choice],
+) -> Choice:
+    """Return the setting with the best mean r over held-out sections (constant = 0).
+
+    Parameters
+    ----------
+    x, y
+        Features and targets of all training spots.
+    folds, bases
+        Rows that fit and rows that are held out, and the basis of the former.
+    grid
+        What to choose from.
+    """
     scores = np.zeros(len(grid))
-    for train, test in folds:
-        basis = Basis.of(x[train], max(c.n_components for c in grid))
+    for (train, test), basis in zip(folds, bases, strict=True):
         z = basis.project(x[test])
         for (k, alpha), members in _by_penalty(grid).items():
             weights, intercept = solve(basis, y[train], Choice(k, alpha, None))

@@ -185,7 +185,8 @@ def fit_expression(
     folds = held_out([len(x) for x, _ in sections], coords)
     x = np.concatenate([part for part, _ in sections])
     y = np.concatenate([part for _, part in sections]).astype(np.float64)
-    choice = choose(x, y, folds, Choice.grid(sizes, alphas, ranks))
+    bases = [Basis.of(x[train], max(sizes)) for train, _ in folds]
+    choice = choose(x, y, folds, bases, Choice.grid(sizes, alphas, ranks))
     basis = Basis.of(x, max(sizes))
     weights, intercept = solve(basis, y, choice)
     k = len(weights)
@@ -197,7 +198,7 @@ def fit_expression(
     if method == "mlp":
         from stfm.inference.expression_mlp import MLPConfig, fit_mlp
 
-        extra, report = fit_mlp(x, y, folds, choice, basis, mlp or MLPConfig(), resolve_rng(rng))
+        extra, report = fit_mlp(x, y, folds, bases, choice, basis, mlp or MLPConfig(), resolve_rng(rng))
         if not (mlp or MLPConfig()).on_ridge:
             arrays |= {"weights": np.zeros_like(weights), "intercept": np.zeros_like(intercept)}
         arrays |= extra

@@ -81,6 +81,7 @@ def fit_mlp(
     x: NDArray[np.float32],
     y: NDArray[np.float64],
     folds: Sequence[Fold],
+    bases: Sequence[Basis],
     choice: Choice,
     basis: Basis,
     config: MLPConfig,
@@ -94,8 +95,7 @@ def fit_mlp(
     """
     seeds = [int(s) for s in rng.integers(2**31 - 1, size=config.n_members)]
     curve = np.zeros(config.max_epochs + 1)
-    for train, test in folds:
-        inner = Basis.of(x[train], choice.n_components)
+    for (train, test), inner in zip(folds, bases, strict=True):
         base, (z, goal, unit) = _ridge(inner, y[train], choice), _training_data(inner, y[train], choice, config)
         held = inner.project(x[test])[:, : z.shape[1]]
         start = base(held) if config.on_ridge else np.broadcast_to(y[train].mean(axis=0), y[test].shape)

@@ -88,7 +88,7 @@ def spatial_domains(
         title = place.name if name == DOMAIN and len(places) > 1 else name.replace("_", " ")
         if truth is not None and name != truth:
             title += f" (ARI {_ari(columns[truth][place.rows], columns[name][place.rows])})"
-        stage(axis, place, title=title)
+        stage(axis, place, title=title, image_alpha=0.45)
         draw_categories(axis, place, columns[name][place.rows], palettes[name], size=size, alpha=alpha, legend=legend)
     return axes[0] if len(panels) == 1 else axes
 

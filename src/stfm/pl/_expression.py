@@ -128,7 +128,7 @@ def _panel(
     if several:
         title = f"{place.name}: {title}"
     limits = _limits(truth if same_scale and truth is not None else values)
-    stage(ax, place, title=title, image_alpha=0.55)
+    stage(ax, place, title=title, image_alpha=0.35)
     draw_values(ax, place, values, cmap=cmap, limits=limits, size=size, label=_SCALE)
 
 

@@ -35,7 +35,6 @@ __all__ = [
 
 _IMAGE_PX = 1600  # an image larger than this is read at a coarser level
 _BARS_UM = (5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
-_PANEL_INCHES = 4.0
 
 
 @dataclass(frozen=True)
@@ -140,14 +139,20 @@ def _picture(
     return np.ascontiguousarray(pixels[::step, ::step]), (x0 * unit, x1 * unit, y1 * unit, y0 * unit)
 
 
-def axes_for(n: int, ax: Axes | Sequence[Axes] | NDArray[Any] | None, *, columns: int = 4) -> NDArray[Any]:
-    """Return ``n`` Axes: those given, or new ones in a grid."""
+def axes_for(
+    n: int,
+    ax: Axes | Sequence[Axes] | NDArray[Any] | None,
+    *,
+    columns: int = 4,
+    inches: tuple[float, float] = (4.6, 4.0),
+) -> NDArray[Any]:
+    """Return ``n`` Axes: those given, or new ones of a size in inches, in a grid."""
     if ax is None:
         from matplotlib import pyplot as plt
 
         n_columns = min(n, columns)
         n_rows = -(-n // n_columns)
-        size = (_PANEL_INCHES * 1.15 * n_columns, _PANEL_INCHES * n_rows)
+        size = (inches[0] * n_columns, inches[1] * n_rows)
         _, grid = plt.subplots(n_rows, n_columns, figsize=size, squeeze=False, layout="constrained")
         for spare in grid.ravel()[n:]:
             spare.set_axis_off()

@@ -55,7 +55,7 @@ def training(history: Any, losses: Sequence[str] | None = None, *, ax: Axes | No
     if absent:
         msg = f"the history has no loss {absent[0]!r}; it has: {', '.join(curves)}."
         raise InputError(msg)
-    axis: Axes = axes_for(1, ax)[0]
+    axis: Axes = axes_for(1, ax, inches=(6.4, 3.6))[0]
     epochs = table["epoch"].to_numpy() if "epoch" in table else np.arange(len(table))
     marker = "o" if len(table) == 1 else None
     for color, name in zip(CATEGORIES, names, strict=False):

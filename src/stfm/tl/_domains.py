@@ -122,7 +122,7 @@ def spatial_domains(
     if graph is not None:
         labels = majority(labels, graph)
     names = [str(i) for i in range(int(labels.max()) + 1)]
-    column = pd.Categorical.from_codes(labels, categories=names).remove_unused_categories()
+    column = pd.Categorical(np.array(names)[labels], categories=names).remove_unused_categories()
     params = {
         "n_domains": n_domains, "method": method, "refine": refinement, "smooth_rings": smooth_rings,
         "use_rep": use_rep, "covariance": covariance, "n_components": n_components, "n_init": n_init,
@@ -171,4 +171,5 @@ def _rings(adata: AnnData, n_rings: int, library_key: str | None, spatial_key: s
 def _niche_graph(adata: AnnData, niche_key: str) -> csr_matrix | None:
     """Return the connectivities that :func:`stfm.pp.build_niches` wrote, where there are any."""
     key = adata.uns.get(niche_key, {}).get("connectivities_key")
-    return adata.obsp.get(key)
+    graph: csr_matrix | None = adata.obsp.get(key)
+    return graph
