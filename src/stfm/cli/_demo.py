@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 from stfm._keys import DOMAIN, EMBEDDING, PREDICTED
 from stfm.cli._report import Report, Row
@@ -139,12 +139,13 @@ def predict(tissue: Tissue, model: Model, report: Report, seed: int) -> None:
     test = tissue.test
     untrained = _untrained(model, seed)
     genes: list[str] | None = None
-    for method, features, how, key in (
+    methods: tuple[tuple[str, Any, Literal["ridge", "mlp"], str], ...] = (
         ("ST-Align, MLP on its image features", model, "mlp", PREDICTED),
         ("ST-Align, ridge on its image features", model, "ridge", "predicted_ridge"),
         ("ridge on hand-crafted image features", "handcrafted", "ridge", "predicted_handcrafted"),
         ("ridge on image features of random weights", untrained, "ridge", "predicted_random"),
-    ):
+    )
+    for method, features, how, key in methods:
         tl.predict_expression(
             test, reference=tissue.train, genes=genes or GENES, method=how, features=features, key_added=key, rng=seed
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from stfm._errors import InputError
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from anndata import AnnData
 
-TOY = {"n_spots": 500, "n_patients": 4, "n_genes": 600}
+TOY: dict[str, Any] = {"n_spots": 500, "n_patients": 4, "n_genes": 600}
 LIBRARY, TRUTH = "library_id", "domain"
 
 
@@ -69,9 +69,11 @@ def _real(dataset: str) -> Tissue:
             f"The demo has no data set {dataset!r}; there are toy and, with H&E, {', '.join(table.index)}."
         )
     others = _others(table, dataset)
-    same = table.loc[others, "patient"].eq(table.loc[dataset, "patient"]).all()
+    patients = dict(zip(table.index, table["patient"], strict=True))
+    same = all(patients[name] == patients[dataset] for name in others)
     note = "sections of the same patient, so this tells nothing about other patients" if same else "another patient"
-    words = f"{table.loc[dataset, 'title']}: trained on {', '.join(others)}, measured on {dataset} ({note})."
+    title = dict(zip(table.index, table["title"], strict=True))[dataset]
+    words = f"{title}: trained on {', '.join(others)}, measured on {dataset} ({note})."
     return Tissue([datasets.load(name) for name in others], datasets.load(dataset), None, words)
 
 
