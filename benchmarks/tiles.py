@@ -178,13 +178,18 @@ def measure(options: argparse.Namespace) -> dict[str, object]:
         calls["squidpy"] = (squidpy_crops(image, size, options.seed, 200), 200)
         calls["spatialdata"] = (spatialdata_tiles(image, size, options.seed, 40), 40)
         memory[size] = rates(calls, options.rounds)
-    result: dict[str, object] = {"seed": options.seed, "side": options.side, "tiles_per_s": memory}
+    result: dict[str, object] = {"side": options.side, "tiles_per_s": memory}
     result["disk_tiles_per_s"] = from_disk(image, options.rounds, options.seed)
     folder = keep_array(image)
     result["peak_mb"] = {str(n): peak_of(n, folder) for n in (10_000, 100_000, 1_000_000)}
     if options.image:
         result["open_s"] = opening(options.image)
     return result
+
+
+def grid(rows: list[dict[str, object]]) -> str:
+    """Return rows, which name their columns, as a table."""
+    return table(list(rows[0]), [[row.get(name) for name in rows[0]] for row in rows])
 
 
 def report(result: dict) -> str:
@@ -209,17 +214,17 @@ def report(result: dict) -> str:
     parts = [
         "Tiles a second from an image in memory, uint8 into a buffer that is used again "
         "(numpy: slices; squidpy: generate_spot_crops, one px more a side; spatialdata: ImageTilesDataset).",
-        table(rows),
+        grid(rows),
         "The same as normalised float32, channels first: numpy a tile at a time and stacked, stfm in one pass.",
-        table(floats),
+        grid(floats),
         "Tiles of 224 px a second in random order from the pyramid on disk (zarr, lz4, blocks of 1024 px, noise).",
-        table(disk),
+        grid(disk),
         "Peak memory of a process that reads 200 batches of 64 tiles of 224 px from disk.",
-        table(peaks),
+        grid(peaks),
     ]
     if "open_s" in result:
         opened = [{"opening": name, "s": f"{seconds:.2f}"} for name, seconds in result["open_s"].items()]
-        parts += ["Opening a full-resolution JPEG.", table(opened)]
+        parts += ["Opening a full-resolution JPEG.", grid(opened)]
     return "\n\n".join(parts)
 
 
@@ -255,7 +260,7 @@ def main() -> int:
         result = measure(options)
     text = report(result)
     print(text)
-    write("tiles", result, text, options.out)
+    write(options.out / "tiles", result, text, seed=options.seed)
     short = missed(result)
     for line in short:
         print(line, file=sys.stderr)
