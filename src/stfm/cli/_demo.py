@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from stfm._keys import DOMAIN, EMBEDDING, PREDICTED
+from stfm.cli._baselines import colour_ridge, log_expression
 from stfm.cli._report import Report, Row
 from stfm.cli._tissue import open_tissue
 
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import numpy as np
-    from anndata import AnnData
     from numpy.typing import NDArray
     from rich.console import Console
 
@@ -136,27 +136,31 @@ def predict(tissue: Tissue, model: Model, report: Report, seed: int) -> None:
     """Predict the genes of the held-out slide from its H&E, by the model and by baselines, and score them."""
     from stfm import metrics, tl
 
-    test = tissue.test
-    untrained = _untrained(model, seed)
-    genes: list[str] | None = None
-    methods: tuple[tuple[str, Any, Literal["ridge", "mlp"], str], ...] = (
+    test, genes = tissue.test, GENES
+
+    def score(method: str, predicted: NDArray[np.float32], *, ours: bool = False) -> NDArray[np.float64]:
+        r = metrics.gene_pearson(log_expression(test, report.genes), predicted)
+        report.expression.append(Row(method, float(r.mean()), ours=ours))
+        return r
+
+    methods: tuple[tuple[str, Model, Literal["ridge", "mlp"], str], ...] = (
         ("ST-Align, MLP on its image features", model, "mlp", PREDICTED),
         ("ST-Align, ridge on its image features", model, "ridge", "predicted_ridge"),
-        ("ridge on hand-crafted image features", "handcrafted", "ridge", "predicted_handcrafted"),
-        ("ridge on image features of random weights", untrained, "ridge", "predicted_random"),
+        ("ridge on image features of random weights", _untrained(model, seed), "ridge", "predicted_random"),
     )
+    order = None
     for method, features, how, key in methods:
         tl.predict_expression(
-            test, reference=tissue.train, genes=genes or GENES, method=how, features=features, key_added=key, rng=seed
-        )
-        genes = list(test.obsm[key].columns)
-        measured = log_expression(test, genes)
-        r = metrics.gene_pearson(measured, test.obsm[key].to_numpy())
-        report.expression.append(Row(method, float(r.mean()), ours=features is model))
-        if key == PREDICTED:
-            report.genes = [genes[place] for place in r.argsort()[::-1]]
+            test, reference=tissue.train, genes=report.genes or genes, method=how, features=features,
+            rings=0, key_added=key, rng=seed,
+        )  # fmt: skip
+        report.genes = list(test.obsm[key].columns)
+        r = score(method, test.obsm[key].to_numpy(), ours=features is model)
+        order = r.argsort()[::-1] if order is None else order
+    score("ridge on colours, three contexts", colour_ridge(tissue.train, test, report.genes))
     columns = test.var_names.get_indexer(report.genes)
     report.ceiling = float(metrics.noise_ceiling(test.X, columns=columns, rng=seed).mean())
+    report.genes = [report.genes[place] for place in order] if order is not None else report.genes
 
 
 def _untrained(model: Model, seed: int) -> Model:
@@ -168,14 +172,3 @@ def _untrained(model: Model, seed: int) -> Model:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return models.create(model.config, model.vocabulary)
-
-
-def log_expression(adata: AnnData, genes: list[str]) -> NDArray[np.float32]:
-    """Return ``log1p(1e4 c / sum c)`` of some genes, the sum over all measured genes: what is predicted."""
-    import numpy as np
-
-    from stfm.slide.normalise import log_normalise
-
-    totals = np.asarray(adata.X.sum(axis=1)).ravel()
-    chosen: NDArray[np.float32] = log_normalise(adata[:, genes].X.tocsr(), totals).toarray()
-    return chosen
