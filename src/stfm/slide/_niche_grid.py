@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -97,11 +98,12 @@ def scan(
     capacity = d2s.shape[0]
     x, y = points[p, 0], points[p, 1]
     worst = d2s[capacity - 1] if m == capacity else limit2
-    for q in range(lo, hi):
+    own = np.uint64(p)
+    for q in range(np.uint64(lo), np.uint64(hi)):  # unsigned positions spare numba's test for negative ones
         dx = points[q, 0] - x
         dy = points[q, 1] - y
         d2 = dx * dx + dy * dy
-        if d2 > worst or q == p:
+        if d2 > worst or q == own:
             continue
         if m == capacity and d2 == worst and ids[q] > found[m - 1]:
             continue
@@ -197,6 +199,8 @@ class Grid:
     starts: NDArray[np.int32]
     geometry: NDArray[np.float64]
     shape: NDArray[np.int64]
+
+    few: ClassVar[int] = 8192  # units of work below which threads gain nothing
 
     @classmethod
     def build(cls, coords: NDArray[np.float64], k: int, threads: int) -> Grid | None:

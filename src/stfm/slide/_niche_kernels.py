@@ -117,6 +117,20 @@ def place(rows: NDArray[np.generic], order: NDArray[np.int32], lo: int, hi: int,
 
 
 @njit
+def add_row(
+    data: NDArray[np.float32],
+    columns: NDArray[np.int32],
+    indptr: NDArray[np.int32],
+    row: int,
+    target: NDArray[np.float32],
+) -> None:
+    """Add a sparse row to a dense one."""
+    # unsigned positions spare numba's test for negative ones, a third of the time
+    for p in range(np.uint64(indptr[row]), np.uint64(indptr[row + 1])):
+        target[np.uint64(columns[p])] += np.float32(data[p])
+
+
+@njit
 def mean_rows(
     data: NDArray[np.float32],
     columns: NDArray[np.int32],
@@ -133,16 +147,11 @@ def mean_rows(
         target[:] = 0.0
         size = 0
         for t in range(index.shape[1]):
-            j = index[rows[b], t]
-            if j < 0:
-                continue
-            size += 1
-            for p in range(indptr[j], indptr[j + 1]):
-                target[columns[p]] += np.float32(data[p])
+            if index[rows[b], t] >= 0:
+                size += 1
+                add_row(data, columns, indptr, index[rows[b], t], target)
         if size == 0:
-            j = rows[b]
-            for p in range(indptr[j], indptr[j + 1]):
-                target[columns[p]] += np.float32(data[p])
+            add_row(data, columns, indptr, rows[b], target)
         elif size > 1:
             # a division, not a product with 1/n: equal rows then give exactly their own values
             divisor = np.float32(size)

@@ -6,6 +6,7 @@ The tree is implicit: node j of level l holds the positions n*j >> l to n*(j+1) 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -120,12 +121,13 @@ def scan(
     """Look at the points lo..hi for point `p`; return how many candidates it then holds."""
     dims = points.shape[1]
     capacity = d2s.shape[0]
-    for q in range(lo, hi):
+    own = np.uint64(p)
+    for q in range(np.uint64(lo), np.uint64(hi)):  # unsigned positions spare numba's test for negative ones
         d2 = 0.0
         for a in range(dims):
             d = points[q, a] - points[p, a]
             d2 += d * d
-        if q == p or d2 > limit2:
+        if q == own or d2 > limit2:
             continue
         if m == capacity and (d2 > d2s[m - 1] or (d2 == d2s[m - 1] and ids[q] > found[m - 1])):
             continue
@@ -226,6 +228,8 @@ class Tree:
     points: NDArray[np.float64]
     ids: NDArray[np.int32]
     boxes: NDArray[np.float64]
+
+    few: ClassVar[int] = 256  # units of work below which threads gain nothing
 
     @classmethod
     def build(cls, coords: NDArray[np.float64], threads: int) -> Tree:

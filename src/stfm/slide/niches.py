@@ -27,7 +27,7 @@ __all__ = ["NicheTable", "knn", "knn_numpy", "lattice_tolerance", "niche_mean", 
 
 TIES = ("index", "all")
 _SAMPLE = 256  # spots that are asked first, to see how distances tie
-_INLINE = 8192  # spots below which threads gain nothing
+_INLINE = 2**16  # rows that are copied faster than threads start
 _LATTICE_SPOTS = 10  # fewer are never called a lattice
 _LATTICE_SHARE = 0.9  # share of the spots of a lattice whose nearest neighbour lies at one pitch ...
 _LATTICE_SPREAD = 0.025  # ... to this part of it: rounding to pixels moves Visium's neighbours by up to 1.4 %
@@ -272,7 +272,7 @@ def _fill(searcher: Grid | Tree, request: Request, tolerance: float, capacity: i
         def look(lo: int, hi: int, todo=blocks, held=capacity, rule=rule, table=table, short=short) -> None:  # type: ignore[no-untyped-def]
             searcher.query(todo[lo:hi], held, rule, table.index, table.distance, short)
 
-        run(look, len(blocks), threads, parts=8, inline=_INLINE * searcher.n_blocks // n)
+        run(look, len(blocks), threads, parts=8, inline=searcher.few)
         again = np.flatnonzero(short).astype(np.int32)
         if len(again) == 0:
             break
