@@ -36,6 +36,7 @@ class Row:
     ranks: tuple[int | None, ...] = (None,)
     n_components: int = 256
     rings: int = 0
+    rule: str = "best"
 
 
 def load_slides(protocol: str, data: Path | None = None) -> dict[str, Slide]:
@@ -111,6 +112,7 @@ def base_rows(weights: Path, *, seed: int = 0) -> dict[str, Row]:
         "handcrafted, one 224-µm tile, ridge": encoder_row(handcrafted, contexts_um=(224.0,), rings=0),
         "random weights, base features, ridge": encoder_row(untrained),
         "base: MobileNetV2, contexts + rings, ridge": encoder_row(trained),
+        "base features, penalty by one standard error": encoder_row(trained, rule="one_se"),
         "base features, rank chosen": encoder_row(trained, ranks=RANKS),
         "base features, MLP": encoder_row(trained, method="mlp"),
     }
@@ -153,7 +155,7 @@ def predict_fold(
     features = {slide.name: surround(make(slide), slide.coords, row.rings) for slide in (*train, *test)}
     fitted = fit_expression(
         [features[s.name] for s in train], targets, genes, method=row.method, ranks=row.ranks,
-        n_components=row.n_components, coords=[s.coords for s in train], rng=seed,
+        n_components=row.n_components, rule=row.rule, coords=[s.coords for s in train], rng=seed,
     )  # fmt: skip
     return [fitted.predict(features[s.name]) for s in test]
 

@@ -243,6 +243,16 @@ def test_rank_is_chosen_on_held_out_sections():
     assert low.choice["held_out_r"] > full.choice["held_out_r"]
 
 
+def test_one_standard_error_is_stiffer_and_nearly_as_good():
+    features, targets = _simulated(4)
+    genes = list("abcdefghijkl")
+    best, stiff = (fit_expression(features, targets, genes, ranks=(None,), rule=rule) for rule in ("best", "one_se"))
+    assert stiff.choice["alpha"] > best.choice["alpha"]
+    assert best.choice["held_out_r"] - 0.1 < stiff.choice["held_out_r"] <= best.choice["held_out_r"]
+    with pytest.raises(InputError, match="rule='two_se' is unknown"):
+        fit_expression(features, targets, genes, rule="two_se")
+
+
 def test_one_section_is_left_out_by_blocks():
     coords = np.column_stack([np.arange(50) % 5, np.arange(50) // 5]).astype(float)
     folds = held_out([50], [coords])

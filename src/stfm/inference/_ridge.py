@@ -15,10 +15,13 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-__all__ = ["ALPHAS", "Basis", "Choice", "Fold", "choose", "held_out", "solve"]
+__all__ = ["ALPHAS", "RULES", "Basis", "Choice", "Fold", "choose", "held_out", "solve"]
 
 #: ridge penalties as multiples of the mean variance (sum of squares) of the components
 ALPHAS = tuple(float(a) for a in 10.0 ** np.arange(-2.0, 3.01, 0.25))
+
+#: how a setting is picked from the scores on held-out sections
+RULES = ("best", "one_se")
 
 _BLOCKS = 5
 _FLAT = 1e-6
@@ -119,8 +122,9 @@ def choose(
     folds: Sequence[Fold],
     bases: Sequence[Basis],
     grid: Sequence[Choice],
+    rule: str = "best",
 ) -> Choice:
-    """Return the setting with the best mean r over held-out sections (constant = 0).
+    """Return the setting with the best mean r over held-out sections (constant = 0), or the stiffest that is as good.
 
     Parameters
     ----------
@@ -130,9 +134,12 @@ def choose(
         Rows that fit and rows that are held out, and the basis of the former.
     grid
         What to choose from.
+    rule
+        ``"best"``; or ``"one_se"``: of the settings of the same rank and size whose mean r lies within one standard
+        error (over held-out sections) of the best, the one with the largest penalty.
     """
-    scores = np.zeros(len(grid))
-    for (train, test), basis in zip(folds, bases, strict=True):
+    scores = np.zeros((len(folds), len(grid)))
+    for fold, ((train, test), basis) in enumerate(zip(folds, bases, strict=True)):
         z = basis.project(x[test])
         for (k, alpha), members in _by_penalty(grid).items():
             weights, intercept = solve(basis, y[train], Choice(k, alpha, None))
@@ -144,9 +151,18 @@ def choose(
                 if rank is not None and rank < min(weights.shape):
                     right = _directions(basis, weights) if right is None else right
                     predicted = (full @ right[:rank].T) @ right[:rank]
-                scores[i] += gene_pearson(y[test], predicted + intercept).mean()
-    best = int(np.argmax(scores))
-    return replace(grid[best], score=float(scores[best] / len(folds)))
+                scores[fold, i] = gene_pearson(y[test], predicted + intercept).mean()
+    mean = scores.mean(axis=0)
+    best = int(np.argmax(mean))
+    if rule == "one_se":
+        error = float(scores[:, best].std(ddof=1)) / np.sqrt(len(folds))
+        alike = [
+            i
+            for i, c in enumerate(grid)
+            if (c.n_components, c.rank) == (grid[best].n_components, grid[best].rank) and mean[i] >= mean[best] - error
+        ]
+        best = max(alike, key=lambda i: grid[i].alpha)
+    return replace(grid[best], score=float(mean[best]))
 
 
 def solve(basis: Basis, y: NDArray[np.float64], choice: Choice) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

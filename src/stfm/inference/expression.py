@@ -15,7 +15,7 @@ import numpy as np
 
 from stfm._errors import DataIntegrityError, InputError, MissingKeyError
 from stfm._validate import check_choice, check_count, resolve_rng
-from stfm.inference._ridge import ALPHAS, Basis, Choice, choose, held_out, solve
+from stfm.inference._ridge import ALPHAS, RULES, Basis, Choice, choose, held_out, solve
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -28,6 +28,7 @@ __all__ = ["METHODS", "RANKS", "ExpressionPredictor", "fit_expression"]
 
 Method = Literal["ridge", "mlp"]
 METHODS = ("ridge", "mlp")
+Rule = Literal["best", "one_se"]
 #: ranks of the coefficients that are tried; None leaves them as they are
 RANKS = (None, 3, 6, 12, 24)
 
@@ -133,6 +134,7 @@ def fit_expression(
     n_components: int | Sequence[int] = 256,
     alphas: Sequence[float] = ALPHAS,
     ranks: Sequence[int | None] = RANKS,
+    rule: Rule = "best",
     coords: Sequence[NDArray[np.float64]] | None = None,
     mlp: MLPConfig | None = None,
     rng: int | np.random.Generator | None = 0,
@@ -157,6 +159,9 @@ def fit_expression(
         Ridge penalties to choose from, as multiples of the mean variance of the components.
     ranks
         Ranks of the coefficients to choose from; None leaves them as they are.
+    rule
+        ``"best"`` takes the setting with the best mean r on held-out sections; ``"one_se"`` the largest penalty within
+        one standard error of it, which carries over better to other patients.
     coords
         Coordinates of each section; with one training section only, blocks of it are left out instead of sections.
     mlp
@@ -178,6 +183,7 @@ def fit_expression(
         Tables that do not belong together or are not finite, or too few spots.
     """
     check_choice("method", method, METHODS)
+    check_choice("rule", rule, RULES)
     sections = _checked(features, targets, genes)
     sizes = [n_components] if isinstance(n_components, (int, np.integer)) else list(n_components)
     for size in sizes:
@@ -186,7 +192,7 @@ def fit_expression(
     x = np.concatenate([part for part, _ in sections])
     y = np.concatenate([part for _, part in sections]).astype(np.float64)
     bases = [Basis.of(x[train], max(sizes)) for train, _ in folds]
-    choice = choose(x, y, folds, bases, Choice.grid(sizes, alphas, ranks))
+    choice = choose(x, y, folds, bases, Choice.grid(sizes, alphas, ranks), rule)
     basis = Basis.of(x, max(sizes))
     weights, intercept = solve(basis, y, choice)
     k = len(weights)
@@ -194,7 +200,12 @@ def fit_expression(
         "center": basis.center, "scale": basis.scale, "components": basis.components[:k],
         "weights": weights, "intercept": intercept,
     }  # fmt: skip
-    chosen = {"method": method, **choice.described(), "held_out": "sections" if len(sections) > 1 else "blocks"}
+    chosen = {
+        "method": method,
+        **choice.described(),
+        "rule": rule,
+        "held_out": "sections" if len(sections) > 1 else "blocks",
+    }
     if method == "mlp":
         from stfm.inference.expression_mlp import MLPConfig, fit_mlp
 

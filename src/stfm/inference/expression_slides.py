@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from stfm.inference.expression import Method
+    from stfm.inference.expression import Method, Rule
     from stfm.models.base import Model
     from stfm.slide.slide import Slide
 
@@ -175,6 +175,7 @@ def fit_on_slides(
     method: Method = "ridge",
     n_components: int | Sequence[int] = 256,
     ranks: Sequence[int | None] = RANKS,
+    rule: Rule = "best",
     rng: int | np.random.Generator | None = 0,
 ) -> ExpressionPredictor:
     """Fit a predictor on slides with H&E and counts; other arguments as of ``stfm.inference.expression``."""
@@ -184,7 +185,8 @@ def fit_on_slides(
         for field in ("study", "name", "patient")
     }
     return fit_expression(
-        [extractor(slide) for slide in slides], targets, names, method=method, n_components=n_components, ranks=ranks,
+        [extractor(slide) for slide in slides], targets, names, method=method,
+        n_components=n_components, ranks=ranks, rule=rule,
         coords=[slide.coords for slide in slides], rng=rng, described=extractor.described(),
         seen={"studies": seen["study"], "slides": seen["name"], "patients": seen["patient"]},
     )  # fmt: skip

@@ -38,6 +38,7 @@ def predict_expression(
     model: ExpressionPredictor | str | Path | None = None,
     genes: str | Sequence[str] | None = None,
     method: Literal["ridge", "mlp"] = "ridge",
+    rule: Literal["best", "one_se"] = "best",
     features: str | ImageEncoder | Model = "handcrafted",
     weights: str | Path | None = None,
     contexts_um: Sequence[float] | None = None,
@@ -75,6 +76,9 @@ def predict_expression(
     method
         ``"ridge"``, or ``"mlp"``: the paper's MLP on frozen features, here as a correction of ridge whose epochs are
         chosen on held-out sections.
+    rule
+        ``"best"`` takes the penalty with the best mean r on held-out sections of the reference; ``"one_se"`` the
+        largest within one standard error of it: less good on the same patient, better on another.
     features
         Where the image features come from: an image encoder by name (:func:`stfm.encoders.list_encoders`) or as a
         module, shown tiles of several sizes; or a trained model, whose image parts are taken. Of a fitted predictor
@@ -141,7 +145,7 @@ def predict_expression(
     _need_images(targets)
     if reference is not None:
         fitted = fit_expression(
-            reference, genes=genes, method=method, features=features, weights=weights,
+            reference, genes=genes, method=method, rule=rule, features=features, weights=weights,
             contexts_um=contexts_um, rings=rings, tile_px=tile_px,
             library_key=library_key, spatial_key=spatial_key, layer=layer,
             image=_mapping(image), mpp=_mapping(mpp), batch_size=batch_size, device=device, cache=cache, rng=rng,
@@ -170,6 +174,7 @@ def fit_expression(
     *,
     genes: str | Sequence[str] | None = None,
     method: Literal["ridge", "mlp"] = "ridge",
+    rule: Literal["best", "one_se"] = "best",
     features: str | ImageEncoder | Model = "handcrafted",
     weights: str | Path | None = None,
     contexts_um: Sequence[float] | None = None,
@@ -197,6 +202,9 @@ def fit_expression(
         Genes to predict: names, or a gene set of the protocols, ``"hvg250"`` (the default), ``"hvg50"``, ``"hmg250"``.
     method
         ``"ridge"`` or ``"mlp"``.
+    rule
+        ``"best"`` takes the penalty with the best mean r on held-out sections; ``"one_se"`` the largest within one
+        standard error of it, which carries over better to other patients.
     features
         An image encoder by name or as a module, or a trained model, whose image parts are taken.
     weights
@@ -254,7 +262,7 @@ def fit_expression(
     )  # fmt: skip
     return fit_on_slides(
         slides, extractor, genes="hvg250" if genes is None else genes, method=method,
-        n_components=n_components, ranks=ranks, rng=rng,
+        n_components=n_components, ranks=ranks, rule=rule, rng=rng,
     )  # fmt: skip
 
 
