@@ -17,7 +17,7 @@ import torch
 from fake_model import make_model, make_slide
 
 import stfm as sf
-from stfm._errors import InputError, MissingKeyError, WrongTypeError
+from stfm._errors import InputError, MissingKeyError, StfmWarning, WrongTypeError
 from stfm.training.recipes import Recipe
 
 RECIPE = Recipe(epochs=2, batch_size=32, lr=1e-3)
@@ -82,6 +82,11 @@ def test_validation_is_patient_wise():
     assert held in ({"S0", "S1"}, {"S2", "S3"}, {"S4", "S5"})
     model = sf.tl.train(slides, make_model(), recipe=RECIPE, validation=None)
     assert "val_loss" not in model.history
+
+
+def test_patience_without_validation_is_told():
+    with pytest.warns(StfmWarning, match="patience=3 has no effect, since no slide is held out"):
+        sf.tl.train(make_slide(n=16), make_model(), recipe=RECIPE, epochs=1, patience=3)
 
 
 def test_training_goes_on_from_a_model_and_leaves_it_alone(trained, tissue, tmp_path):

@@ -211,3 +211,34 @@ def test_tiles_are_read_once():
     assert [r.n_read for r in readers] == [80, 80]  # 40 spot tiles and 40 niche tiles
     fit(make_model(), data, RECIPE.replace(cache_gb=0.0))
     assert [r.n_read for r in readers] == [400, 400]
+
+
+def test_interrupting_is_heard_and_heard_again(tmp_path, monkeypatch):
+    import signal
+
+    from stfm.training import callbacks
+
+    def interrupt(self, trainer, *args):
+        if trainer.current_epoch == 2:
+            raise KeyboardInterrupt
+
+    handler = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(callbacks.Journal, "on_train_batch_start", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        fit(make_model(), slides(), RECIPE, checkpoint_dir=tmp_path)
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert (tmp_path / "last.ckpt").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the message is about machines without CUDA")
+def test_devices_that_are_not_there():
+    with pytest.raises(InputError, match="device='cuda' is not there"):
+        fit(make_model(), slides(), RECIPE, accelerator="cuda")
+
+
+def test_several_devices_need_a_script(monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "ipykernel", None)
+    with pytest.raises(InputError, match="devices=2 needs a script"):
+        fit(make_model(), slides(), RECIPE, accelerator="cpu", devices=2)

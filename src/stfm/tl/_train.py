@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from stfm._errors import InputError, WrongTypeError
+from stfm._errors import InputError, StfmWarning, WrongTypeError
 from stfm._keys import SPATIAL
 from stfm._validate import resolve_rng
 from stfm.inference.features import use_frozen_features
 from stfm.models.base import Model
 from stfm.models.registry import create, load
 from stfm.slide.read import as_slides
-from stfm.training.engine import fit, resolve_precision
+from stfm.training.engine import fit, resolve_accelerator, resolve_precision
 from stfm.training.genes import make_vocabulary
 from stfm.training.recipes import resolve_recipe
 from stfm.training.split import split_slides
@@ -142,29 +143,32 @@ def train(
         data, library_key=library_key, spatial_key=spatial_key, layer=layer, image=image, mpp=mpp,
         patient_key=patient_key,
     )  # fmt: skip
+    kind = resolve_accelerator(accelerator, devices)
     start, name = _start(model, init, config)
     plan = resolve_recipe(
         recipe, name, epochs=epochs, batch_size=batch_size, lr=lr, patience=patience, precision=precision
     )
     kept, held = split_slides(slides, validation, fraction=plan.validation_fraction, seed=seed)
     _check_size(kept)
+    if plan.patience is not None and not held:
+        msg = f"patience={plan.patience} has no effect, since no slide is held out (validation={validation!r})."
+        warnings.warn(msg, StfmWarning, stacklevel=2)
     made = start if start is not None else _create(model, kept, genes, config, seed)
 
     def prepare(one: Model, inputs: Sequence[SlideInputs]) -> None:
-        device = "cpu" if accelerator == "cpu" else "auto"
-        use_frozen_features(one, inputs, device=device, cache=cache_features)
+        use_frozen_features(one, inputs, device=kind, cache=cache_features)
 
     return fit(
         made,
         kept,
-        plan.replace(precision=resolve_precision(plan.precision, accelerator)),
+        plan.replace(precision=resolve_precision(plan.precision, kind)),
         validation=held,
         prepare=prepare,
         fit_inputs=made.history is None,
         resume=resume,
         checkpoint_dir=checkpoint_dir,
         seed=seed,
-        accelerator=accelerator,
+        accelerator=kind,
         devices=devices,
     )
 

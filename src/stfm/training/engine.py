@@ -5,6 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import signal
+import sys
+import threading
 import warnings
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -18,6 +21,7 @@ import torch
 from stfm._errors import DataIntegrityError, InputError, MissingKeyError
 from stfm._validate import check_choice, check_count
 from stfm._version import __version__
+from stfm.inference.device import resolve_device
 from stfm.models.inputs import SlideInputs
 from stfm.training.callbacks import LAST, Bar, Checkpoints, Journal, Seeds
 from stfm.training.data import SlideData, check_alike
@@ -31,9 +35,8 @@ if TYPE_CHECKING:
     from stfm.slide.slide import Slide
     from stfm.training.recipes import Recipe
 
-__all__ = ["fit", "resolve_precision"]
+__all__ = ["fit", "resolve_accelerator", "resolve_precision"]
 
-_CUDA = ("auto", "cuda", "gpu")
 _ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
 
 
@@ -91,8 +94,7 @@ def fit(
     StfmError
         The loss became nan; the message names the batch.
     """
-    check_choice("accelerator", accelerator, _ACCELERATORS)
-    check_count("devices", devices)
+    accelerator = resolve_accelerator(accelerator, devices)
     folder = None if checkpoint_dir is None else Path(checkpoint_dir)
     # Slides are numbered through, so that no two share a slide_id.
     slides = [*train, *validation]
@@ -114,7 +116,7 @@ def fit(
     callbacks: list[pl.Callback] = [Seeds(seed), journal, Bar()]
     if folder is not None:
         callbacks.append(Checkpoints(folder, every=recipe.checkpoint_every))
-    with _quiet(), _own_random_numbers():
+    with _quiet(), _own_random_numbers(), _interruptible():
         trainer = _trainer(recipe, callbacks, accelerator=accelerator, devices=devices, validates=bool(validation))
         module.train()
         trainer.fit(module, datamodule=data, ckpt_path=None if start is None else str(start))
@@ -147,7 +149,7 @@ def _trainer(
         strategy="auto" if devices == 1 else "ddp",
         precision="bf16-mixed" if precision == "bf16" else "32-true",
         # torch synchronizes batch norm on CUDA devices only
-        sync_batchnorm=devices > 1 and accelerator in _CUDA and torch.cuda.is_available(),
+        sync_batchnorm=devices > 1 and accelerator == "cuda",
         max_epochs=recipe.epochs,
         accumulate_grad_batches=recipe.accumulate,
         callbacks=callbacks,
@@ -161,12 +163,45 @@ def _trainer(
     )
 
 
-def resolve_precision(precision: str, accelerator: str = "auto") -> str:
+def resolve_accelerator(accelerator: str = "auto", devices: int = 1) -> str:
+    """Return ``"cpu"``, ``"cuda"`` or ``"mps"``, after checking that so many devices are there.
+
+    Parameters
+    ----------
+    accelerator
+        ``"auto"`` (the device of the settings, else the best there is), ``"cpu"``, ``"gpu"``, ``"cuda"``, ``"mps"``.
+    devices
+        Number of devices.
+
+    Returns
+    -------
+    The kind of device.
+
+    Raises
+    ------
+    InputError
+        The device is not there, or not so often.
+    """
+    check_choice("accelerator", accelerator, _ACCELERATORS)
+    check_count("devices", devices)
+    if accelerator == "gpu":
+        accelerator = "mps" if torch.backends.mps.is_available() else "cuda"
+    kind = resolve_device(accelerator).type
+    there = {"cuda": torch.cuda.device_count(), "mps": 1}.get(kind, devices)
+    if devices > there:
+        msg = f"devices={devices} asks for more than the {there} {kind} device(s) of this machine."
+        raise InputError(msg)
+    if devices > 1 and "ipykernel" in sys.modules:
+        msg = f"devices={devices} needs a script (each device runs it); in a notebook train on one device."
+        raise InputError(msg)
+    return kind
+
+
+def resolve_precision(precision: str, kind: str) -> str:
     """Return ``"bf16"`` or ``"fp32"``: what was asked for, or for ``"auto"`` bf16 on CUDA devices that have it."""
     if precision != "auto":
         return precision
-    cuda = accelerator in _CUDA and torch.cuda.is_available()
-    return "bf16" if cuda and torch.cuda.is_bf16_supported() else "fp32"
+    return "bf16" if kind == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
 
 
 def _run_record(
@@ -243,6 +278,21 @@ def _own_random_numbers() -> Iterator[None]:
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices):
         yield
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Let Ctrl+C arrive as KeyboardInterrupt: Lightning turns it into an exit and switches it off for good."""
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as stop:
+        if isinstance(stop.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from None
+        raise
+    finally:
+        if handler is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, handler)
 
 
 @contextmanager

@@ -169,7 +169,7 @@ class TrainingModule(pl.LightningModule):
         )
         return (
             f"The loss is {losses['loss'].item()} ({', '.join(bad)}) in epoch {self.current_epoch}, batch {batch_idx}, "
-            f"with spots of slide {slides} at positions {spots}: {cause}. The last checkpoint was kept."
+            f"with spots of slide {slides} at positions {spots}: {cause}. Checkpoints written before it stand."
         )
 
 
