@@ -121,8 +121,8 @@ def find_domains(tissue: Tissue, seed: int) -> list[Row]:
     n_domains = 7 if truth is None else truth.nunique()
     rows = []
     for method, rep, rings, key in (
-        ("ST-Align", EMBEDDING, 0, "domain_plain"),
-        ("ST-Align, averaged over neighbours", EMBEDDING, 1, DOMAIN),
+        ("ST-Align", EMBEDDING, 0, DOMAIN),
+        ("ST-Align, averaged over neighbours", EMBEDDING, 1, "domain_spatial"),
         ("PCA of genes", PCA, 0, "domain_pca"),
         ("PCA of genes, averaged over neighbours", PCA, 1, "domain_spatial_pca"),
     ):

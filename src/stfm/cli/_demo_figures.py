@@ -81,8 +81,8 @@ def _keys(test: AnnData) -> list[str]:
 def _name(axes: Any, names: list[str]) -> None:
     """Put the method before the score that the plot wrote as title."""
     for one, name in zip(axes, names, strict=True):
-        score = one.get_title().partition("ARI")
-        one.set_title(f"{name}  ARI{score[2]}" if score[1] else name)
+        score = one.get_title().partition("(ARI")
+        one.set_title(f"{name} (ARI{score[2]}" if score[1] else name)
 
 
 def _domains(tissue: Tissue) -> Any:
@@ -102,7 +102,7 @@ def _overview(tissue: Tissue, genes: list[str]) -> Any:
     test, known = tissue.test, tissue.truth is not None
     figure, axes = _grid(4, 2, width=3.2, height=3.0)
     pl.tiles(test, 3, ax=axes[0, 0])
-    axes[0, 0].set_title("tiles of spots and of their niches")
+    axes[0, 0].set_title("tiles of spots, of niches")
     names = ["ST-Align", "PCA of genes"]
     shown = axes[0, 1:] if known else axes[0, 1:3]
     pl.spatial_domains(test, _keys(test), truth=tissue.truth, image=False, legend=False, ax=shown)
