@@ -41,7 +41,7 @@ def test_report_is_written_as_text_and_json(tmp_path: Path):
 
 
 def test_unknown_data_sets_are_refused_with_what_there_is():
-    with pytest.raises(InputError, match=r"no data set 'her2st:B1'; there are toy and, with Hthere are toy, her2st:B4"E, her2st:B4"):
+    with pytest.raises(InputError, match="no data set 'her2st:B1'; there are toy and, with H&E, her2st:B4"):
         _tissue.open_tissue("her2st:B1", 0)
 
 
