@@ -1,0 +1,196 @@
+"""What training and embedding cost beside the bare model, and whether memory stays flat.
+
+python benchmarks/training.py [--models st-align-tiny st-align-small] [--spots 1500] [--json FILE]
+
+* step share: time of forward + backward on batches that lie ready, over the time of a whole step of ``fit`` (reading,
+  augmentation, Lightning, clipping, optimiser, schedules, journal). Goal: 0.85.
+* embedding share: time of ``model.embed`` on batches that lie ready, over the time of ``embed_slides``. Goal: 0.90.
+* peak memory of ``embed_blocks`` as the number of spots grows. Goal: flat.
+
+Bare and whole runs take turns, and the fastest of each counts. The CPU time of the thread that computes is given too:
+it tells the same on a busy machine (what the reader thread does beside it is not in it).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+# Idle threads that spin would take the cores from the reader thread (PERFORMANCE: OMP_WAIT_POLICY).
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import numpy as np
+import torch
+
+import stfm as sf
+from stfm.inference.features import use_frozen_features
+from stfm.inference.stream import embed_blocks, embed_slides
+from stfm.models.inputs import SlideInputs
+from stfm.models.registry import create
+from stfm.slide.genes import Vocabulary
+from stfm.slide.readers import open_image
+from stfm.slide.slide import Slide
+from stfm.slide.tiles import TileReader
+from stfm.training.data import Batches
+from stfm.training.engine import fit
+from stfm.training.genes import make_vocabulary
+from stfm.training.recipes import resolve_recipe
+from stfm.training.sampling import SpotSampler
+
+#: epochs whose time is measured
+EPOCHS = 3
+
+
+def clock(function) -> np.ndarray:
+    """Wall seconds of a call, and seconds of CPU in the thread that computes."""
+    start = time.perf_counter(), time.thread_time()
+    function()
+    return np.array([time.perf_counter() - start[0], time.thread_time() - start[1]])
+
+
+def ready(model, slides) -> list[SlideInputs]:
+    """Slides made ready, with the features of frozen encoders."""
+    inputs = [SlideInputs(s, model.inputs, model.vocabulary, slide_id=i) for i, s in enumerate(slides)]
+    use_frozen_features(model, inputs, cache=False)
+    return inputs
+
+
+def step_share(name: str, slides, runs: int) -> dict:
+    """Bare forward + backward beside a step of ``fit``."""
+    model = create(name, make_vocabulary(slides))
+    recipe = resolve_recipe(None, name, epochs=4)
+    inputs = ready(model, slides)
+    model.fit_inputs(inputs)
+    sampler = SpotSampler([s.n_obs for s in slides], recipe.batch_size)
+    batches = list(Batches(inputs, sampler, epoch=lambda: 0))
+
+    def bare() -> None:
+        model.train()
+        for batch in batches:
+            model.losses(batch)["loss"].backward()
+            model.zero_grad()
+
+    def train(epochs: int) -> None:
+        fit(
+            create(name, model.vocabulary), slides, recipe.replace(epochs=epochs),
+            prepare=lambda one, made: use_frozen_features(one, made, cache=True), accelerator="cpu",
+        )  # fmt: skip
+
+    bare()
+    train(1)
+    bare_s, step_s = [], []
+    for _ in range(runs):
+        # The difference of two runs is free of their start.
+        short = clock(lambda: train(2))
+        bare_s.append(clock(bare) / len(batches))
+        step_s.append((clock(lambda: train(2 + EPOCHS)) - short) / (EPOCHS * len(batches)))
+        bare_s.append(clock(bare) / len(batches))
+    return {"batch_size": recipe.batch_size, **shares("step", np.min(bare_s, 0), np.min(step_s, 0))}
+
+
+def shares(what: str, bare: np.ndarray, whole: np.ndarray) -> dict:
+    """Milliseconds and the share of the bare model, by the clock on the wall and by CPU time."""
+    return {
+        "bare_ms": 1e3 * bare[0],
+        f"{what}_ms": 1e3 * whole[0],
+        "share": bare[0] / whole[0],
+        "share_of_cpu": bare[1] / whole[1],
+    }
+
+
+def embed_share(name: str, slides, runs: int, batch_size: int = 256) -> dict:
+    """``model.embed`` on batches that lie ready beside ``embed_slides``, tiles read and encoded in both cases."""
+    model = create(name, make_vocabulary(slides)).eval()
+    inputs = [SlideInputs(s, model.inputs, model.vocabulary, slide_id=i) for i, s in enumerate(slides)]
+    batches = [
+        one.batch(np.arange(a, min(a + batch_size, one.n_obs)))
+        for one in inputs
+        for a in range(0, one.n_obs, batch_size)
+    ]
+
+    def bare() -> None:
+        with torch.inference_mode():
+            for batch in batches:
+                model.embed(batch)
+
+    def whole() -> None:
+        embed_slides(model, inputs, batch_size=batch_size, device="cpu")
+
+    bare_s, whole_s = [], []
+    for _ in range(runs):
+        bare_s.append(clock(bare))
+        whole_s.append(clock(whole))
+    n = sum(s.n_obs for s in slides)
+    best = np.min(whole_s, 0)
+    return {"spots_per_s": n / best[0], **shares("embed", np.min(bare_s, 0), best)}
+
+
+def peak_memory(name: str, sizes) -> dict:
+    """Growth of the peak memory in MB as more spots of one picture are embedded, block by block."""
+    rng = np.random.default_rng(0)
+    picture = rng.integers(0, 256, (2000, 2000, 3), np.uint8)
+    model = create(name, Vocabulary(np.array([f"GENE{i}" for i in range(200)])))
+    peaks = {}
+    for n in sizes:
+        centres = rng.uniform(100, 1900, (n, 2))
+        slide = Slide(
+            name="S", coords=centres, obs_names=np.full(n, "s"), rows=np.arange(n), mpp=1.0, spot_um=55.0,
+            niche_um=255.0, tiles=TileReader(open_image(picture), centres, 1.0),
+        )  # fmt: skip
+        one = SlideInputs(slide, model.inputs, model.vocabulary)
+        _ = one.niches
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        for number, _ in enumerate(embed_blocks(model, [one], batch_size=256, device="cpu")):
+            if number == 40:  # flat from here on, or not at all
+                break
+        peaks[n] = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return peaks
+
+
+def machine() -> dict:
+    """Where the numbers come from."""
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    return {
+        "commit": commit,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "machine": platform.machine(),
+        "seed": 0,
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["st-align-tiny", "st-align-small"])
+    parser.add_argument("--spots", type=int, default=1500)
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--sizes", nargs="+", type=int, default=[10_000, 100_000, 1_000_000])
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+
+    slides = sf.slide.as_slides(sf.datasets.toy(n_spots=options.spots, n_patients=2))
+    results: dict = {"machine": machine(), "spots": 2 * options.spots, "step": {}, "embed": {}}
+    for name in options.models:
+        for what, measure in (("step", step_share), ("embed", embed_share)):
+            row = results[what][name] = measure(name, slides, options.runs)
+            print(
+                f"{name}: bare {row['bare_ms']:.1f} ms, {what} {row[f'{what}_ms']:.1f} ms, "
+                f"share {row['share']:.2f}, of CPU {row['share_of_cpu']:.2f}"
+            )
+    results["memory_mb"] = peak_memory(options.models[0], options.sizes)
+    print("growth of peak memory:", ", ".join(f"{n:,} spots {mb:.0f} MB" for n, mb in results["memory_mb"].items()))
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
