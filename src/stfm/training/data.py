@@ -28,6 +28,8 @@ __all__ = ["Batches", "SlideData", "check_alike"]
 _AHEAD = 2
 #: keeps the random numbers of order, augmentation and thinning apart
 _AUGMENT, _THIN = 1, 2
+#: what slides keep of their counts and would not hold for fewer counts
+_KEPT_COUNTS = ("_on_vocabulary", "_mean_expression", "_mean_niche_expression")
 
 
 class Batches:
@@ -99,7 +101,8 @@ def _thin(inputs: SlideInputs, share: float, rng: np.random.Generator) -> SlideI
     niches = inputs.niches  # found once, shared by all copies
     thinned = copy(inputs)
     thinned.slide = replace(thin_counts(inputs.slide, share, rng), niches=niches)
-    vars(thinned).pop("_on_vocabulary", None)  # counts that an earlier reader kept
+    for name in _KEPT_COUNTS:
+        vars(thinned).pop(name, None)
     return thinned
 
 
