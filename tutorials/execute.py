@@ -20,7 +20,9 @@ def execute(path: Path, out: Path, timeout: int) -> float:
     """Run one notebook in its own folder and return the seconds it took; a cell that fails raises."""
     notebook = nbformat.read(path, as_version=4)
     started = time.perf_counter()
-    client = NotebookClient(notebook, timeout=timeout, kernel_name="python3", resources={"metadata": {"path": str(HERE)}})
+    client = NotebookClient(
+        notebook, timeout=timeout, kernel_name="python3", resources={"metadata": {"path": str(HERE)}}
+    )
     client.execute()
     out.mkdir(parents=True, exist_ok=True)
     nbformat.write(notebook, out / path.name)
