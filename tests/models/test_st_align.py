@@ -51,7 +51,7 @@ def test_defaults_are_the_papers_sizes():
 
 
 def test_total_is_equation_12(vocabulary, make_batch):
-    model = make(vocabulary, lambda1=0.5, lambda2=0.2).eval()
+    model = make(vocabulary, lambda1=0.5, lambda2=0.2, temperature_per_loss=False).eval()
     losses = model.losses(make_batch(model))
     assert set(losses) == {"loss", "spot", "niche", "spot_niche"}
     expected = 0.5 * losses["spot"] + 0.2 * losses["niche"] + 0.3 * losses["spot_niche"]
@@ -77,7 +77,7 @@ def test_total_is_equation_12(vocabulary, make_batch):
     {"mask_overlap": True},
     {"share_directions": True, "share_levels": True},
     {"attention_scale": "d", "attention_softmax": "batch"},
-    {"residual": False},
+    {"residual": "none"},
     {"fusion": "concat"},
     {"fusion": "linear", "missing": "token", "modality_dropout": 0.5},
     {"missing": "token", "modality_dropout": 0.5},

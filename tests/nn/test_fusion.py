@@ -92,7 +92,7 @@ def test_softmax_over_the_batch_is_the_printed_one_in_training():
 
 def test_residual_keeps_the_inputs():
     image, gene = vectors()
-    abfn = ABFN(32, n_tokens=4, residual=True)
+    abfn = ABFN(32, n_tokens=4, residual="mean")
     with torch.no_grad():
         abfn.image_out.weight.zero_()
         abfn.gene_out.weight.zero_()

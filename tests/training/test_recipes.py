@@ -47,8 +47,14 @@ def test_recipe_of_a_model():
     assert recipe_for("plip") is RECIPES["contrastive"]
 
 
+@pytest.mark.parametrize(("max_steps", "epochs"), [(None, 20), (1000, 20), (100, 10), (95, 10), (3, 1)])
+def test_many_spots_need_fewer_epochs(max_steps, epochs):
+    assert Recipe(epochs=20, max_steps=max_steps).planned_epochs(10) == epochs
+
+
 def test_overrides():
-    assert resolve_recipe(None, "st-align-tiny", epochs=3, lr=None) == RECIPES["tiny"].replace(epochs=3)
+    asked = resolve_recipe(None, "st-align-tiny", epochs=3, lr=None)
+    assert asked == RECIPES["tiny"].replace(epochs=3, max_steps=None)  # epochs asked for are trained in full
     assert resolve_recipe("paper", "st-align-tiny").batch_size == 512
     mine = Recipe(epochs=1)
     assert resolve_recipe(mine, "clip") is not RECIPES["contrastive"]

@@ -39,7 +39,7 @@ def model_card(
         "",
         "## Training",
         "",
-        *_training(history, seen['recipe']),
+        *_training(history, seen["recipe"]),
         "",
         "## Configuration",
         "",

@@ -15,11 +15,15 @@ from stfm.slide.genes import GeneMatch, Vocabulary, log_normalise, match_genes
 from stfm.slide.niches import NicheTable, niche_mean
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from numpy.typing import NDArray
     from scipy import sparse
 
     from stfm.slide.slide import Slide
     from stfm.slide.tiles import TileReader
+
+_BLOCK = 2048  # rows read at once for the mean of a slide
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,8 @@ class InputSpec:
         Whether the model reads the spot's counts and those of its niche.
     n_neighbors, include_self, ties
         The niche, where the slide has no table of its own (``pp.build_niches`` explains the options).
+    centre
+        Subtract the slide's mean from log counts and frozen features (shifts of batch and stain).
     min_fraction
         Smallest share of genes that must match the model's vocabulary.
     """
@@ -49,6 +55,7 @@ class InputSpec:
     n_neighbors: int = 3
     include_self: bool = False
     ties: str = "index"
+    centre: bool = False
     min_fraction: float = 0.2
 
     @property
@@ -101,6 +108,7 @@ class SlideInputs:
         #: features of a frozen encoder that stand in for tiles, float32 (n, f); set by ``inference.features``
         self.spot_features: NDArray[np.float32] | None = None
         self.niche_features: NDArray[np.float32] | None = None
+        self._feature_means: dict[str, NDArray[np.float32]] = {}
         if self.has_image:
             self._check_sizes()
 
@@ -165,13 +173,24 @@ class SlideInputs:
         return reader.read(indices, size_um=self.tile_um(level), size_px=px)
 
     def expression(self, indices: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Return ``log1p(1e4 c / sum c)`` on the vocabulary, float32 ``(b, G)``; the sum is over all measured genes."""
+        """Return ``log1p(1e4 c / sum c)`` on the vocabulary, float32 ``(b, G)``; the sum is over all measured genes.
+
+        Where the model asks for it, the mean over the slide is subtracted; so it is of the niches.
+        """
+        dense = self._expression(indices)
+        return dense - self._mean_expression if self.spec.centre else dense
+
+    def niche_expression(self, indices: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Return the same of the mean counts of each spot's niche (ST-Align, eq. 2)."""
+        dense = self._niche_expression(indices)
+        return dense - self._mean_niche_expression if self.spec.centre else dense
+
+    def _expression(self, indices: NDArray[np.int64]) -> NDArray[np.float32]:
         counts, totals = self._counts_of(indices)
         dense: NDArray[np.float32] = log_normalise(counts, totals).toarray()
         return dense
 
-    def niche_expression(self, indices: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Return the same of the mean counts of each spot's niche (ST-Align, eq. 2)."""
+    def _niche_expression(self, indices: NDArray[np.int64]) -> NDArray[np.float32]:
         if self._on_vocabulary is not None and self.slide.counts is not None:
             counts, totals, table, rows = self._on_vocabulary, self.slide.counts.totals(), self.niches, indices
         else:
@@ -197,6 +216,20 @@ class SlideInputs:
         local[rows] = np.where(neighbours >= 0, np.searchsorted(members, neighbours), -1)
         return counts, totals, NicheTable(local, np.zeros(local.shape, dtype=np.float32)), rows
 
+    @cached_property
+    def _mean_expression(self) -> NDArray[np.float32]:
+        return self._mean_of(self._expression)
+
+    @cached_property
+    def _mean_niche_expression(self) -> NDArray[np.float32]:
+        return self._mean_of(self._niche_expression)
+
+    def _mean_of(self, read: Callable[[NDArray[np.int64]], NDArray[np.float32]]) -> NDArray[np.float32]:
+        """Return the mean over the slide, read in blocks."""
+        blocks = np.array_split(np.arange(self.n_obs), -(-self.n_obs // _BLOCK))
+        total = sum(read(block).sum(axis=0, dtype=np.float64) for block in blocks)
+        return np.asarray(total / self.n_obs, dtype=np.float32)
+
     def _counts_of(self, indices: NDArray[np.int64]) -> tuple[sparse.csr_matrix, NDArray[np.float32]]:
         if self.slide.counts is None or self.match is None:
             msg = f"slide {self.slide.name!r} has no counts."
@@ -220,9 +253,16 @@ class SlideInputs:
         if not self.has_image or px is None:
             return None, None
         if features is not None:
-            return torch.from_numpy(np.ascontiguousarray(features[index])), None
+            chosen = np.ascontiguousarray(features[index])
+            return torch.from_numpy(chosen - self._mean_features(level) if self.spec.centre else chosen), None
         tiles = self.tiles(index, level)
         return None, torch.from_numpy(tiles).permute(0, 3, 1, 2)
+
+    def _mean_features(self, level: str) -> NDArray[np.float32]:
+        if level not in self._feature_means:
+            features = self.spot_features if level == "spot" else self.niche_features
+            self._feature_means[level] = np.mean(features, axis=0, dtype=np.float64).astype(np.float32)
+        return self._feature_means[level]
 
     def _gene_mask(self, n: int) -> torch.Tensor | None:
         if self.match is None or self.match.n_matched == self.match.n_vocabulary:

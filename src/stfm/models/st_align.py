@@ -55,7 +55,11 @@ class Level(nn.Module):
     def __init__(self, image: ImageEncoder, gene: GeneEncoder, fusion: nn.Module, config: STAlignConfig) -> None:
         super().__init__()
         project = partial(
-            Projection, kind=config.projection, norm=config.projection_norm, dropout=config.projection_dropout
+            Projection,
+            kind=config.projection,
+            norm=config.projection_norm,
+            dropout=config.projection_dropout,
+            normalise=config.projection_layer_norm,
         )
         self.image, self.gene, self.fusion = image, gene, fusion
         self.image_projection = project(image.width, config.width)
@@ -190,6 +194,7 @@ class STAlign(Model):
             n_neighbors=plan.n_neighbors,
             include_self=plan.include_self,
             ties=plan.ties,
+            centre=plan.centre,
             min_fraction=plan.min_fraction,
         )
 

@@ -8,7 +8,7 @@ from typing import Any
 from stfm._errors import InputError
 from stfm._validate import check_choice, check_count, check_positive, check_range
 from stfm.models._slots import EncoderChoice, as_choice
-from stfm.nn.fusion import MISSING, SCALES, SOFTMAXES
+from stfm.nn.fusion import MISSING, RESIDUALS, SCALES, SOFTMAXES
 from stfm.nn.heads import NORMS, PROJECTIONS
 from stfm.nn.losses import DENOMINATORS, NEGATIVES, check_weights
 
@@ -35,16 +35,19 @@ class STAlignConfig:
         Sides of the tiles in px, and in µm where they should not be the slide's own (15, 17).
     n_neighbors, include_self, ties
         The niche, where a slide brings no table of its own (12, 13).
-    projection, projection_norm, projection_dropout
+    centre
+        Subtract each slide's mean from its log counts and frozen image features, which takes out shifts of batch and
+        stain; the embedding of a spot then depends on the slide it lies on.
+    projection, projection_norm, projection_dropout, projection_layer_norm
         From an encoder's features to d (7): ``"linear"``, ``"mlp"``, ``"none"``; features put on one scale first by
-        ``"batch"`` norm, ``"layer"`` norm or not at all.
+        ``"batch"`` norm, ``"layer"`` norm or not at all; layer norm of the result.
     fusion
         ``"abfn"``; ``"concat"``: both vectors side by side, of equal length, nothing learned; ``"linear"``: the same
         and a linear map to d.
     attention_scale, attention_softmax, share_directions, share_levels, residual
         Of the ABFN: scores over ``sqrt(l)`` or ``sqrt(d)`` (9); softmax over the tokens of the same spot or, as
-        printed, over the batch (8); one set of matrices for both directions, for both levels (10); add the mean of the
-        inputs.
+        printed, over the batch (8); one set of matrices for both directions, for both levels (10); what keeps the inputs in
+        the fused vector (:class:`~stfm.nn.fusion.ABFN`).
     missing, modality_dropout
         What stands in for an absent modality, ``"self"`` (the other one) or ``"token"`` (learned); share of the spots
         that lose one modality before fusion in training.
@@ -86,15 +89,17 @@ class STAlignConfig:
     n_neighbors: int = 3
     include_self: bool = False
     ties: str = "index"
+    centre: bool = False
     projection: str = "linear"
     projection_norm: str = "batch"
     projection_dropout: float = 0.0
+    projection_layer_norm: bool = True
     fusion: str = "abfn"
     attention_scale: str = "l"
     attention_softmax: str = "spot"
     share_directions: bool = False
     share_levels: bool = False
-    residual: bool = True
+    residual: str = "gene"
     missing: str = "self"
     modality_dropout: float = 0.0
     denominator: str = "all"
@@ -117,7 +122,7 @@ class STAlignConfig:
             object.__setattr__(self, slot, as_choice(slot, getattr(self, slot), modality))
         for name, choices in (
             ("projection", PROJECTIONS), ("projection_norm", NORMS), ("fusion", FUSIONS), ("attention_scale", SCALES),
-            ("attention_softmax", SOFTMAXES), ("missing", MISSING), ("denominator", DENOMINATORS),
+            ("attention_softmax", SOFTMAXES), ("missing", MISSING), ("residual", RESIDUALS), ("denominator", DENOMINATORS),
             ("negatives", NEGATIVES), ("joint", JOINTS), ("parts", PARTS), ("ablation", ABLATIONS),
         ):  # fmt: skip
             check_choice(name, getattr(self, name), choices)
@@ -180,6 +185,19 @@ class STAlignConfig:
         return cls(**PRESETS[name])
 
 
+#: What was measured to help models that are trained from scratch on a few slides (docs/decisions.md).
+LIGHT: dict[str, Any] = {
+    "n_neighbors": 6,
+    "centre": True,
+    "projection_dropout": 0.2,
+    "modality_dropout": 0.3,
+    "temperature": 0.1,
+    "temperature_per_loss": True,
+    "lambda1": 0.15,
+    "lambda2": 0.15,
+    "joint": "niche",
+}
+
 PRESETS: dict[str, dict[str, Any]] = {
     "recommended": {},
     "paper": {
@@ -187,7 +205,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "attention_scale": "d",
         "attention_softmax": "batch",
         "share_directions": True,
-        "residual": False,
+        "projection_layer_norm": False,
+        "residual": "none",
         "denominator": "negatives",
         "normalise": False,
         "learn_temperature": False,
@@ -195,13 +214,14 @@ PRESETS: dict[str, dict[str, Any]] = {
         "niche_gene": EncoderChoice("ae-gene", options={"norm_first": False, "standardise": "none"}),
     },
     "small": {
-        "spot_image": EncoderChoice("cnn-tiny", options={"widths": [24, 48, 96, 96]}),
+        "spot_image": EncoderChoice("cnn-tiny", options={"widths": [16, 32, 64]}),
         "niche_image": EncoderChoice("handcrafted"),
-        "spot_gene": EncoderChoice("pca", options={"width": 64}),
+        "spot_gene": EncoderChoice("pca", options={"width": 50}),
         "niche_gene": EncoderChoice("ae-gene-small"),
         "width": 128,
         "n_tokens": 8,
         "niche_px": 112,
+        **LIGHT,
     },
     "tiny": {
         "spot_image": EncoderChoice("cnn-tiny", options={"widths": [8, 16, 32]}),
@@ -211,5 +231,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "width": 64,
         "n_tokens": 4,
         "niche_px": 56,
+        **LIGHT,
     },
 }

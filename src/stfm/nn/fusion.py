@@ -13,6 +13,7 @@ from stfm._validate import check_choice, check_count
 SCALES = ("l", "d")
 SOFTMAXES = ("spot", "batch")
 MISSING = ("self", "token")
+RESIDUALS = ("none", "gene", "mean")
 
 
 class CrossAttention(nn.Module):
@@ -85,7 +86,9 @@ class ABFN(nn.Module):
     share_directions
         Use one set of W_q, W_k, W_v in both directions (the symbols of eqs. 7 and 8 are the same).
     residual
-        Add the mean of the two inputs, so that the fused vector keeps what each modality says alone.
+        What keeps the inputs in the fused vector: ``"none"``, as printed; ``"gene"``: the gene tokens are added to both
+        Z before eq. 9, so that fusion cannot lose what the counts say; ``"mean"``: the mean of both inputs is added
+        to F.
     missing
         What stands in for a modality that a spot does not have. ``"self"``: the other modality's vector (the two are
         aligned, so each is an estimate of the other). ``"token"``: a learned vector, which means something only when
@@ -105,7 +108,7 @@ class ABFN(nn.Module):
         scale: str = "l",
         softmax: str = "spot",
         share_directions: bool = False,
-        residual: bool = False,
+        residual: str = "none",
         missing: str = "self",
     ) -> None:
         super().__init__()
@@ -114,6 +117,7 @@ class ABFN(nn.Module):
         check_choice("scale", scale, SCALES)
         check_choice("softmax", softmax, SOFTMAXES)
         check_choice("missing", missing, MISSING)
+        check_choice("residual", residual, RESIDUALS)
         token = width // n_tokens
         if token * n_tokens != width or token % 2:
             msg = f"ABFN needs width = n_tokens * l with l even, got width={width}, n_tokens={n_tokens}."
@@ -161,8 +165,10 @@ class ABFN(nn.Module):
         own, other = image.unflatten(-1, self.shape), gene.unflatten(-1, self.shape)
         z_image = self.image_attends(own, other)
         z_gene = self.gene_attends(other, own)
+        if self.residual == "gene":
+            z_image, z_gene = z_image + other, z_gene + other
         fused = torch.cat([self.image_out(z_image), self.gene_out(z_gene)], dim=-1).flatten(-2)  # eq. 9
-        return fused + (image + gene) / 2 if self.residual else fused
+        return fused + (image + gene) / 2 if self.residual == "mean" else fused
 
 
 class ConcatFusion(nn.Module):

@@ -30,10 +30,19 @@ class Projection(nn.Sequential):
         or ``"none"``. Frozen features have any scale, so ``"batch"`` helps them.
     dropout
         On the features.
+    normalise
+        Layer norm on the result, so that both modalities come into the fusion at one scale.
     """
 
     def __init__(
-        self, in_width: int, out_width: int, *, kind: str = "linear", norm: str = "none", dropout: float = 0.0
+        self,
+        in_width: int,
+        out_width: int,
+        *,
+        kind: str = "linear",
+        norm: str = "none",
+        dropout: float = 0.0,
+        normalise: bool = False,
     ) -> None:
         check_choice("projection", kind, PROJECTIONS)
         check_choice("projection_norm", norm, NORMS)
@@ -55,6 +64,8 @@ class Projection(nn.Sequential):
                 "use projection='linear' (or another width)."
             )
             raise InputError(msg)
+        if normalise:
+            layers.append(nn.LayerNorm(out_width))
         super().__init__(*layers)
 
 

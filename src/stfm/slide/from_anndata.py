@@ -230,7 +230,7 @@ def find_image(
     if image is not None:
         return image, 1.0
     record = tile_record(adata, library.name)
-    if "path" in record:
+    if "path" in record and image_key is None:
         return Path(record["path"]), float(record.get("image_scale", 1.0))
     entry = library_entry(adata, library.name)
     source = entry.get("metadata", {}).get("source_image_path")

@@ -110,7 +110,9 @@ def fit(
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
     data = SlideData(inputs[: len(train)], inputs[len(train) :], recipe, seed=seed)
-    total = data.steps_per_epoch(devices) * recipe.epochs
+    steps = data.steps_per_epoch(devices)
+    recipe = recipe.replace(epochs=recipe.planned_epochs(steps))
+    total = steps * recipe.epochs
     module = TrainingModule(model, recipe, total_steps=total, slide_names=[s.name for s in slides], run=run)
     journal = Journal(module, patience=recipe.patience, keep_best=recipe.keep == "best" and bool(validation))
     callbacks: list[pl.Callback] = [Seeds(seed), journal, Bar()]

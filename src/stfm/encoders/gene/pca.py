@@ -54,7 +54,7 @@ class PrincipalComponents(nn.Module):
         self.scaler.fit(x, mask)
         z = self.scaler(x, mask)
         rank = min(len(self.components), min(z.shape) - 1)
-        scores_std, directions = _subspace(z, rank)
+        scores_std, directions = leading_components(z, rank)
         self.components.zero_()
         self.components[:rank] = directions
         self.deviation.fill_(1.0)
@@ -87,7 +87,7 @@ class PrincipalComponents(nn.Module):
         return scores
 
 
-def _subspace(z: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def leading_components(z: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Return deviations of the scores and the leading right singular vectors, by seeded subspace iteration."""
     size = min(rank + OVERSAMPLING, *z.shape)
     generator = torch.Generator().manual_seed(0)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from stfm._validate import check_choice, check_count
 from stfm.encoders.base import GeneEncoder
+from stfm.encoders.gene.pca import leading_components
 from stfm.encoders.gene.scaling import GeneScaler
 from stfm.nn.pooling import TokenPooling
 from stfm.nn.transformer import TransformerEncoder
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from stfm.encoders.spec import EncoderSpec
 
 TOKENS = ("chunks", "genes", "single")
+SKIPS = ("none", "pca")
+#: what the Transformer adds at the start, beside a skip that holds the components already
+START_GAIN = 0.1
 
 
 class ChunkTokens(nn.Module):
@@ -87,6 +91,11 @@ class GeneTransformer(nn.Module):
         Normalise before each part instead of after it.
     standardise
         Of the genes, as in :class:`GeneScaler`.
+    skip
+        ``"pca"``: a linear map beside the Transformer, trained with it, that starts as the principal components of the
+        training slides; ``"none"``: the Transformer alone.
+    skip_rank
+        Components that the skip starts with.
     """
 
     def __init__(
@@ -103,9 +112,12 @@ class GeneTransformer(nn.Module):
         pooling: str,
         norm_first: bool,
         standardise: str,
+        skip: str,
+        skip_rank: int,
     ) -> None:
         super().__init__()
         check_choice("tokens", tokens, TOKENS)
+        check_choice("skip", skip, SKIPS)
         check_count("n_tokens", n_tokens)
         self.scaler = GeneScaler(n_genes, standardise)
         self.tokens: nn.Module
@@ -118,18 +130,34 @@ class GeneTransformer(nn.Module):
         self.cls = nn.Parameter(torch.randn(width) * 0.02) if pooling == "cls" else None
         self.encoder = TransformerEncoder(width, heads, hidden, depth, dropout=dropout, norm_first=norm_first)
         self.pooling = TokenPooling(pooling, width=width)
+        self.skip = nn.Linear(n_genes, width, bias=False) if skip == "pca" else None
+        self.skip_rank = min(skip_rank, width)
+        self.gain = nn.Parameter(torch.tensor(START_GAIN)) if skip == "pca" else None
 
     def fit(self, x: Tensor, mask: Tensor | None = None) -> None:
-        """Take the genes' scales from ``x``, ``(n, G)``."""
+        """Take the genes' scales from ``x``, ``(n, G)``, and the components that the skip starts with."""
         self.scaler.fit(x, mask)
+        if self.skip is None or len(x) < 2:
+            return
+        z = self.scaler(x, mask)
+        spread, directions = leading_components(z, min(self.skip_rank, *z.shape))
+        generator = torch.Generator().manual_seed(0)
+        rotation, _ = torch.linalg.qr(torch.randn(self.skip.out_features, len(directions), generator=generator))
+        with torch.no_grad():
+            self.skip.weight.copy_(rotation @ directions / spread[0].clamp_min(1e-6))
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return ``(b, width)``."""
-        tokens, padding = self.tokens(self.scaler(x, mask))
+        z = self.scaler(x, mask)
+        tokens, padding = self.tokens(z)
         if self.cls is not None:
             tokens = torch.cat([self.cls.expand(len(x), 1, -1), tokens], dim=1)
             padding = None if padding is None else nn.functional.pad(padding, (1, 0), value=False)
-        return self.pooling(self.encoder(tokens, padding), padding)  # type: ignore[no-any-return]
+        pooled: Tensor = self.pooling(self.encoder(tokens, padding), padding)
+        if self.skip is None or self.gain is None:
+            return pooled
+        linear: Tensor = self.skip(z)
+        return linear + self.gain * pooled
 
 
 def gene_transformer(
@@ -146,6 +174,8 @@ def gene_transformer(
     pooling: str = "mean",
     norm_first: bool = True,
     standardise: str = "zscore",
+    skip: str = "none",
+    skip_rank: int = 20,
 ) -> GeneEncoder:
     """Build the encoder; options as in :class:`GeneTransformer` (``hidden`` is four times the width)."""
     backbone = GeneTransformer(
@@ -160,5 +190,7 @@ def gene_transformer(
         pooling=pooling,
         norm_first=norm_first,
         standardise=standardise,
+        skip=skip,
+        skip_rank=skip_rank,
     )
     return GeneEncoder(spec, backbone, width=width, n_genes=n_genes)

@@ -1,0 +1,244 @@
+"""The three tables of the ST-Align paper in form: spatial domains, expression from H&E, ablations.
+
+Every learned row is trained here, from scratch, by ``sf.tl.train``, and stands beside simple rows under the same
+protocol. Settings were chosen on training sections only (docs/decisions.md); the test sections are scored and no more.
+
+    python benchmarks/st_align.py domains     --data ../shared/data [--seeds 3] [--mode zero-shot self]
+    python benchmarks/st_align.py expression  --data ../shared/data --weights mobilenet_v2_float.safetensors
+    python benchmarks/st_align.py spots       --data ../shared/data --weights ...   (the paper's own 80 / 20 split)
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import _domains as domains
+import _expression as expression
+import numpy as np
+import pandas as pd
+from _common import table as markdown
+from _common import write
+
+import stfm as sf
+from stfm.inference.expression import RANKS
+from stfm.inference.expression_slides import SlideFeatures
+from stfm.slide import Slide, as_slides
+
+DLPFC = ("151673", "151674", "151675")
+PROTOCOLS = ("her2st-C-loso", "her2st-C-to-B4", "mob-loso", "mob-animal1-to-2", "mob-animal2-to-1", "dlpfc-loso")
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Learned:
+    """A row that is trained: a registered model, changes of its configuration, changes of its recipe."""
+
+    model: str = "st-align-small"
+    config: Mapping[str, Any] = field(default_factory=dict)
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+
+    def train(self, slides: Sequence[Slide], seed: int, **changes: Any) -> Any:
+        """Train on slides, all of their spots, for the whole recipe; nothing is held out to choose an epoch."""
+        config = {**self.config, **changes}
+        return sf.tl.train(
+            list(slides), self.model, config=config, genes="all", validation=None, rng=seed, **dict(self.recipe)
+        )
+
+
+def learned_rows(recipe: Mapping[str, Any]) -> dict[str, Learned]:
+    """ST-Align, its ablations (Table 2 of the paper), and the two baselines of the paper."""
+    st_align = partial(Learned, recipe=recipe)
+    return {
+        "CLIP (spot image, spot genes)": Learned("clip-small", recipe=recipe),
+        "PLIP (handcrafted H&E tower frozen)": Learned("plip-small", recipe=recipe),
+        "ST-Align": st_align(),
+        "ST-Align without L_NS": st_align(config={"ablation": "no-ns"}),
+        "ST-Align without adaptive encoders": st_align(config={"ablation": "no-ae"}),
+        "ST-Align without ABFN (concatenation)": st_align(config={"ablation": "no-abfn"}),
+        "concatenation of frozen encoders": st_align(config={"ablation": "concat"}),
+        "ST-Align, spot level only": st_align(config={"ablation": "spot"}),
+        "ST-Align, niche level only": st_align(config={"ablation": "niche"}),
+        "random weights": st_align(recipe={**recipe, "lr": 1e-12}),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------- domains (Table 1)
+
+
+def domain_table(
+    data: Path, rows: Mapping[str, Learned], seeds: Iterable[int], modes: Sequence[str], *, quiet: bool = False
+) -> pd.DataFrame:
+    """ARI of every row on every section; learned rows once for each seed, simple ones clustered with each seed."""
+    slides = {name: expression.read_dlpfc(data, name) for name in DLPFC}
+    simple = {**domains.simple_rows(), "image only (handcrafted)": domains.DomainRow(image_embedding)}
+    parts = [domains.run_domains(slides, simple, seeds=seeds).assign(mode="no training")]
+    for mode in modes:
+        for title, row in rows.items():
+            for seed in seeds:
+                parts.append(learned_domains(slides, title, row, seed, mode))
+                if not quiet:
+                    print(mode, title, seed, parts[-1].groupby("slide")["ARI"].mean().round(3).to_dict(), flush=True)
+    return pd.concat(parts, ignore_index=True)
+
+
+def learned_domains(slides: Mapping[str, Any], title: str, row: Learned, seed: int, mode: str) -> pd.DataFrame:
+    """Train on the other sections (zero-shot) or on the section itself (self), embed, cluster, score."""
+    scored = []
+    for name, adata in slides.items():
+        others = [as_slides(a)[0] for other, a in slides.items() if other != name]
+        model = row.train(as_slides(adata) if mode == "self" else others, seed)
+        embedded = adata.copy()
+        sf.tl.embed(embedded, model)
+        one = {title: domains.DomainRow(domains.from_obsm("X_stfm"))}
+        scored.append(domains.run_domains({name: embedded}, one, seeds=[seed]))
+    return pd.concat(scored).assign(mode=mode)
+
+
+def image_embedding(adata: Any, _seed: int) -> np.ndarray:
+    """Handcrafted statistics of each niche tile: what the picture says alone."""
+    (slide,) = as_slides(adata, modalities=("image",))
+    return expression.context_features(slide, "handcrafted", contexts_um=(448.0,), rings=1, tile_px=56)
+
+
+def show_domains(scores: pd.DataFrame) -> str:
+    """Return the table: a line a row, mean ± spread over seeds for each section, median over sections."""
+    lines = []
+    for (mode, row), part in scores.groupby(["mode", "row"], sort=False):
+        mean = part.groupby("slide")["ARI"].mean()
+        spread = part.groupby("slide")["ARI"].std().fillna(0.0)
+        cells = [f"{mean[s]:.3f} ± {spread[s]:.3f}" for s in DLPFC]
+        lines.append([row, mode, *cells, f"{mean.mean():.3f}", f"{mean.median():.3f}"])
+    return markdown(["row", "trained on", *DLPFC, "mean", "median"], lines)
+
+
+# ----------------------------------------------------------------------------------------------- expression (Table 3)
+
+
+def learned_row(row: Learned, base: Callable[[Slide], np.ndarray], seed: int, *, alone: bool = False) -> expression.Row:
+    """Image features of a model trained on the training slides, and the paper's MLP on them.
+
+    ``alone`` leaves out the frozen features, which otherwise stand beside the learned ones.
+    """
+
+    def make(train: Sequence[Slide]) -> Callable[[Slide], np.ndarray]:
+        extract = SlideFeatures.of(row.train(train, seed), list(train), rings=1)
+
+        def features(slide: Slide) -> np.ndarray:
+            learned = extract(slide)
+            return learned if alone else np.concatenate([base(slide), learned], axis=1)
+
+        return features
+
+    return expression.Row(make, method="mlp", ranks=RANKS)
+
+
+def expression_table(
+    data: Path, weights: Path, protocols: Sequence[str], learned: Mapping[str, Learned], seeds: Sequence[int]
+) -> pd.DataFrame:
+    """Scores of every row under every protocol; simple rows once, rows with randomness once for each seed."""
+    parts = []
+    for protocol in protocols:
+        slides = expression.load_slides(protocol, data)
+        rows = expression.base_rows(weights)
+        base = rows["base: MobileNetV2, contexts + rings, ridge"].make([])
+        fixed = {name: row for name, row in rows.items() if row.method == "ridge"}
+        parts.append(expression.run_protocol(protocol, slides, fixed).assign(seed=0))
+        for seed in seeds:
+            random = {name: row for name, row in rows.items() if row.method != "ridge"}
+            for name, row in learned.items():
+                random[f"{name}: frozen + aligned features, MLP"] = learned_row(row, base, seed)
+                random[f"{name}: aligned features, MLP"] = learned_row(row, base, seed, alone=True)
+            part = expression.run_protocol(protocol, slides, random, seed=seed)
+            parts.append(part[part["row"] != "gene mean"].assign(seed=seed))
+        print(show_expression(pd.concat(parts[-len(seeds) - 1 :])), flush=True)
+    return pd.concat(parts, ignore_index=True)
+
+
+def show_expression(scores: pd.DataFrame) -> str:
+    """Return the tables: r, r of the 50 most variable genes, MSE, share of the ceiling, difference to the base row."""
+    lines = []
+    for protocol, part in scores.groupby("protocol", sort=False):
+        base = part[part["row"].str.startswith("base: ")].groupby("section")["r"].mean()
+        for row, one in part.groupby("row", sort=False):
+            by_seed = one.groupby("seed")[["r", "r_hvg50", "mse", "share"]].mean()
+            mean, spread = by_seed.mean(), by_seed.std().fillna(0.0)
+            gain = one.groupby("section")["r"].mean() - base
+            error = gain.std(ddof=1) / np.sqrt(len(gain)) if len(gain) > 1 else float("nan")
+            lines.append([
+                protocol, row, f"{mean['r']:.3f} ± {spread['r']:.3f}", f"{mean['r_hvg50']:.3f}",
+                f"{mean['mse']:.4f}", f"{mean['share']:.0%}", f"{gain.mean():+.3f} ± {error:.3f}",
+            ])  # fmt: skip
+    return markdown(["protocol", "row", "r", "r, hvg50", "MSE", "share of ceiling", "gain on base"], lines)
+
+
+# ------------------------------------------------------------------------------------- the paper's own protocol (80 / 20)
+
+
+def spots_table(data: Path, weights: Path, learned: Mapping[str, Learned], seeds: Sequence[int]) -> pd.DataFrame:
+    """The paper's split: 80 % of the spots of a slide train, 20 % test. Neighbours of test spots train, so it leaks."""
+    lines = []
+    slides = expression.load_slides("her2st-C-loso", data)
+    base = expression.base_rows(weights)["base: MobileNetV2, contexts + rings, ridge"].make([])
+    for name, slide in slides.items():
+        frozen = base(slide)
+        for seed in seeds:
+            order = np.random.default_rng(seed).permutation(slide.n_obs)
+            cut = int(0.8 * slide.n_obs)
+            train, test = np.sort(order[:cut]), np.sort(order[cut:])
+            genes, (truth_train, truth_test) = expression.fold_targets([slide.subset(train)], [slide.subset(test)])
+            ceiling = expression.slide_ceiling(slide.subset(test), genes)
+            features = {"base: MobileNetV2, contexts + rings": frozen}
+            for title, row in learned.items():
+                extract = SlideFeatures.of(row.train([slide.subset(train)], seed), [slide], rings=1)
+                features[title] = np.concatenate([frozen, extract(slide)], axis=1)
+            for title, values in features.items():
+                for method in ("ridge", "mlp"):
+                    fitted = expression.fit_expression(
+                        [values[train]], [truth_train], genes, method=method, coords=[slide.coords[train]], rng=seed
+                    )
+                    scored = expression.score(truth_test, fitted.predict(values[test]), ceiling)
+                    row_name = f"{title}, {method}"
+                    lines.append({"protocol": "spots-80-20", "section": name, "row": row_name, "seed": seed, **scored})
+    return pd.DataFrame(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table", choices=["domains", "expression", "spots"])
+    parser.add_argument("--data", type=Path, required=True, help="folder with cache/ and h5ad/")
+    parser.add_argument("--weights", type=Path, help="MobileNetV2 checkpoint of the base row")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--mode", nargs="+", default=["zero-shot", "self"], choices=["zero-shot", "self"])
+    parser.add_argument("--protocols", nargs="+", default=list(PROTOCOLS), choices=PROTOCOLS)
+    parser.add_argument("--rows", nargs="+", help="only the learned rows whose names contain one of these")
+    parser.add_argument("--epochs", type=int)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    if options.table != "domains" and options.weights is None:
+        parser.error("--weights is needed: the base row is ridge on frozen MobileNetV2 features")
+    recipe = {} if options.epochs is None else {"epochs": options.epochs}
+    rows = learned_rows(recipe)
+    if options.rows:
+        rows = {name: row for name, row in rows.items() if any(part in name for part in options.rows)}
+    seeds = list(range(options.seeds))
+    if options.table == "domains":
+        scores = domain_table(options.data, rows, seeds, options.mode)
+        text = show_domains(scores)
+    elif options.table == "spots":
+        scores = spots_table(options.data, options.weights, rows, seeds)
+        text = show_expression(scores)
+    else:
+        scores = expression_table(options.data, options.weights, options.protocols, rows, seeds)
+        text = show_expression(scores)
+    print(text)
+    result = {"seeds": seeds, "recipe": recipe, "scores": scores.to_dict("records")}
+    write(options.out / f"st_align_{options.table}", result, text)
+
+
+if __name__ == "__main__":
+    main()
