@@ -25,6 +25,7 @@ from _common import table as markdown
 from _common import write
 
 import stfm as sf
+from stfm.encoders.build import build_encoder
 from stfm.inference.expression import RANKS
 from stfm.inference.expression_slides import SlideFeatures
 from stfm.slide import Slide, as_slides
@@ -54,16 +55,16 @@ def learned_rows(recipe: Mapping[str, Any]) -> dict[str, Learned]:
     """ST-Align, its ablations (Table 2 of the paper), and the two baselines of the paper."""
     st_align = partial(Learned, recipe=recipe)
     return {
+        "ST-Align": st_align(),
+        "ST-Align, untrained (as it starts)": st_align(recipe={**recipe, "lr": 1e-12, "epochs": 1}),
         "CLIP (spot image, spot genes)": Learned("clip-small", recipe=recipe),
         "PLIP (handcrafted H&E tower frozen)": Learned("plip-small", recipe=recipe),
-        "ST-Align": st_align(),
         "ST-Align without L_NS": st_align(config={"ablation": "no-ns"}),
         "ST-Align without adaptive encoders": st_align(config={"ablation": "no-ae"}),
         "ST-Align without ABFN (concatenation)": st_align(config={"ablation": "no-abfn"}),
         "concatenation of frozen encoders": st_align(config={"ablation": "concat"}),
         "ST-Align, spot level only": st_align(config={"ablation": "spot"}),
         "ST-Align, niche level only": st_align(config={"ablation": "niche"}),
-        "random weights": st_align(recipe={**recipe, "lr": 1e-12}),
     }
 
 
@@ -71,18 +72,25 @@ def learned_rows(recipe: Mapping[str, Any]) -> dict[str, Learned]:
 
 
 def domain_table(
-    data: Path, rows: Mapping[str, Learned], seeds: Iterable[int], modes: Sequence[str], *, quiet: bool = False
+    data: Path,
+    rows: Mapping[str, Learned],
+    seeds: Iterable[int],
+    modes: Sequence[str],
+    save: Callable[[pd.DataFrame], None],
 ) -> pd.DataFrame:
-    """ARI of every row on every section; learned rows once for each seed, simple ones clustered with each seed."""
+    """ARI of every row on every section; learned rows once for each seed, simple ones clustered with each seed.
+
+    What there is is saved after each seed, so that a run that is cut short leaves a table of fewer seeds.
+    """
     slides = {name: expression.read_dlpfc(data, name) for name in DLPFC}
     simple = {**domains.simple_rows(), "image only (handcrafted)": domains.DomainRow(image_embedding)}
     parts = [domains.run_domains(slides, simple, seeds=seeds).assign(mode="no training")]
-    for mode in modes:
-        for title, row in rows.items():
-            for seed in seeds:
+    for seed in seeds:
+        for mode in modes:
+            for title, row in rows.items():
                 parts.append(learned_domains(slides, title, row, seed, mode))
-                if not quiet:
-                    print(mode, title, seed, parts[-1].groupby("slide")["ARI"].mean().round(3).to_dict(), flush=True)
+                print(mode, title, seed, parts[-1].groupby("slide")["ARI"].mean().round(3).to_dict(), flush=True)
+        save(pd.concat(parts, ignore_index=True))
     return pd.concat(parts, ignore_index=True)
 
 
@@ -102,7 +110,8 @@ def learned_domains(slides: Mapping[str, Any], title: str, row: Learned, seed: i
 def image_embedding(adata: Any, _seed: int) -> np.ndarray:
     """Handcrafted statistics of each niche tile: what the picture says alone."""
     (slide,) = as_slides(adata, modalities=("image",))
-    return expression.context_features(slide, "handcrafted", contexts_um=(448.0,), rings=1, tile_px=56)
+    encoder = build_encoder("handcrafted", mode="frozen")
+    return expression.context_features(slide, encoder, contexts_um=(448.0,), rings=1, tile_px=56)
 
 
 def show_domains(scores: pd.DataFrame) -> str:
@@ -138,7 +147,12 @@ def learned_row(row: Learned, base: Callable[[Slide], np.ndarray], seed: int, *,
 
 
 def expression_table(
-    data: Path, weights: Path, protocols: Sequence[str], learned: Mapping[str, Learned], seeds: Sequence[int]
+    data: Path,
+    weights: Path,
+    protocols: Sequence[str],
+    learned: Mapping[str, Learned],
+    seeds: Sequence[int],
+    save: Callable[[pd.DataFrame], None],
 ) -> pd.DataFrame:
     """Scores of every row under every protocol; simple rows once, rows with randomness once for each seed."""
     parts = []
@@ -155,7 +169,7 @@ def expression_table(
                 random[f"{name}: aligned features, MLP"] = learned_row(row, base, seed, alone=True)
             part = expression.run_protocol(protocol, slides, random, seed=seed)
             parts.append(part[part["row"] != "gene mean"].assign(seed=seed))
-        print(show_expression(pd.concat(parts[-len(seeds) - 1 :])), flush=True)
+        save(pd.concat(parts, ignore_index=True))
     return pd.concat(parts, ignore_index=True)
 
 
@@ -226,18 +240,24 @@ def main() -> None:
     if options.rows:
         rows = {name: row for name, row in rows.items() if any(part in name for part in options.rows)}
     seeds = list(range(options.seeds))
+    save = partial(report, options.table, options.out, recipe)
     if options.table == "domains":
-        scores = domain_table(options.data, rows, seeds, options.mode)
-        text = show_domains(scores)
+        scores = domain_table(options.data, rows, seeds, options.mode, save)
     elif options.table == "spots":
         scores = spots_table(options.data, options.weights, rows, seeds)
-        text = show_expression(scores)
     else:
-        scores = expression_table(options.data, options.weights, options.protocols, rows, seeds)
-        text = show_expression(scores)
-    print(text)
-    result = {"seeds": seeds, "recipe": recipe, "scores": scores.to_dict("records")}
-    write(options.out / f"st_align_{options.table}", result, text)
+        scores = expression_table(options.data, options.weights, options.protocols, rows, seeds, save)
+    save(scores)
+
+
+def report(table: str, out: Path, recipe: Mapping[str, Any], scores: pd.DataFrame) -> None:
+    """Print the table and write it with its scores."""
+    text = show_domains(scores) if table == "domains" else show_expression(scores)
+    print(text, flush=True)
+    seeds = sorted(int(seed) for seed in scores["seed"].unique())
+    write(
+        out / f"st_align_{table}", {"seeds": seeds, "recipe": dict(recipe), "scores": scores.to_dict("records")}, text
+    )
 
 
 if __name__ == "__main__":

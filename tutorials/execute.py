@@ -6,7 +6,9 @@ python tutorials/execute.py [--out DIR] [NOTEBOOK ...]
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -14,6 +16,22 @@ import nbformat
 from nbclient import NotebookClient
 
 HERE = Path(__file__).resolve().parent
+
+
+def find_data() -> None:
+    """Let public files that lie beside the checkout (as in CI) stand in for downloads, in a cache folder of their own.
+
+    ``STFM_SHARED_DATA`` names the folder; its ``cache`` is linked, not copied, and nothing is written to it.
+    """
+    shared = Path(os.environ.get("STFM_SHARED_DATA", HERE.parents[1] / "shared" / "data")).resolve()
+    if not shared.is_dir():
+        return
+    os.environ["STFM_SHARED_DATA"] = str(shared)
+    cache = Path(os.environ.setdefault("STFM_CACHE", tempfile.mkdtemp(prefix="stfm-tutorials-")))
+    cache.mkdir(parents=True, exist_ok=True)
+    for folder in (shared / "cache").iterdir():
+        if not (cache / folder.name).exists():
+            (cache / folder.name).symlink_to(folder)
 
 
 def execute(path: Path, out: Path, timeout: int) -> float:
@@ -39,6 +57,7 @@ def main() -> int:
     if not notebooks:
         print(f"no notebooks in {HERE}", file=sys.stderr)
         return 1
+    find_data()
     for path in notebooks:
         print(f"{path.name}: {execute(path, options.out, options.timeout):.0f} s", flush=True)
     return 0

@@ -46,8 +46,8 @@ class STAlignConfig:
         and a linear map to d.
     attention_scale, attention_softmax, share_directions, share_levels, residual
         Of the ABFN: scores over ``sqrt(l)`` or ``sqrt(d)`` (9); softmax over the tokens of the same spot or, as
-        printed, over the batch (8); one set of matrices for both directions, for both levels (10); what keeps the inputs in
-        the fused vector (:class:`~stfm.nn.fusion.ABFN`).
+        printed, over the batch (8); one set of matrices for both directions, for both levels (10); what keeps the
+        inputs in the fused vector (:class:`~stfm.nn.fusion.ABFN`).
     missing, modality_dropout
         What stands in for an absent modality, ``"self"`` (the other one) or ``"token"`` (learned); share of the spots
         that lose one modality before fusion in training.
@@ -122,7 +122,8 @@ class STAlignConfig:
             object.__setattr__(self, slot, as_choice(slot, getattr(self, slot), modality))
         for name, choices in (
             ("projection", PROJECTIONS), ("projection_norm", NORMS), ("fusion", FUSIONS), ("attention_scale", SCALES),
-            ("attention_softmax", SOFTMAXES), ("missing", MISSING), ("residual", RESIDUALS), ("denominator", DENOMINATORS),
+            ("attention_softmax", SOFTMAXES), ("missing", MISSING), ("residual", RESIDUALS),
+            ("denominator", DENOMINATORS),
             ("negatives", NEGATIVES), ("joint", JOINTS), ("parts", PARTS), ("ablation", ABLATIONS),
         ):  # fmt: skip
             check_choice(name, getattr(self, name), choices)

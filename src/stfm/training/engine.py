@@ -81,7 +81,7 @@ def fit(
     accelerator
         ``"auto"``, ``"cpu"``, ``"gpu"`` (or ``"cuda"``) or ``"mps"``.
     devices
-        Number of devices; with more than one, batch norm is synchronized (on CUDA) and negatives stay on their device.
+        Number of devices; with more than one, batch norm is synchronized (on CUDA) and negatives come from all.
 
     Returns
     -------
