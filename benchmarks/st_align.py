@@ -68,7 +68,7 @@ def learned_rows(recipe: Mapping[str, Any]) -> dict[str, Learned]:
     }
 
 
-# ---------------------------------------------------------------------------------------------------- domains (Table 1)
+# ---- domains (Table 1)
 
 
 def domain_table(
@@ -125,7 +125,7 @@ def show_domains(scores: pd.DataFrame) -> str:
     return markdown(["row", "trained on", *DLPFC, "mean", "median"], lines)
 
 
-# ----------------------------------------------------------------------------------------------- expression (Table 3)
+# ---- expression (Table 3)
 
 
 def learned_row(row: Learned, base: Callable[[Slide], np.ndarray], seed: int, *, alone: bool = False) -> expression.Row:
@@ -190,7 +190,7 @@ def show_expression(scores: pd.DataFrame) -> str:
     return markdown(["protocol", "row", "r", "r, hvg50", "MSE", "share of ceiling", "gain on base"], lines)
 
 
-# ------------------------------------------------------------------------------------- the paper's own protocol (80 / 20)
+# ---- the paper's own protocol (80 / 20)
 
 
 def spots_table(data: Path, weights: Path, learned: Mapping[str, Learned], seeds: Sequence[int]) -> pd.DataFrame:

@@ -66,9 +66,9 @@ def train(
     """Train a model on slides that have H&E and counts.
 
     Learning rate and weight decay follow cosines, the former after a linear warm-up (paper, section 4.1). Features of
-    frozen image encoders are computed once and kept on disk; tiles are kept in memory as far as the recipe allows.
-    With several devices batch norm is synchronized (on CUDA), and the negatives of a contrastive loss are those of the
-    same device; gradient accumulation does not add negatives either.
+    frozen image encoders are computed once and kept on disk; tiles are kept in memory as far as the recipe allows. With
+    several devices batch norm is synchronized (on CUDA) and the negatives of a contrastive loss come from all of them;
+    gradient accumulation does not add negatives.
 
     Parameters
     ----------
