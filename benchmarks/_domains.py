@@ -68,7 +68,7 @@ def from_obsm(key: str) -> Embed:
 
 
 def simple_rows() -> dict[str, DomainRow]:
-    """Rows of PERFORMANCE, section 4, that need no training."""
+    """Rows that need no training: principal components, and their means over neighbours."""
     return {
         "PCA 30, k-means": DomainRow(gene_pca(), {"method": "kmeans"}),
         "PCA 30, GMM tied": DomainRow(gene_pca()),

@@ -98,7 +98,7 @@ def encoder_row(
 
 
 def base_rows(weights: Path, *, seed: int = 0) -> dict[str, Row]:
-    """Rows of PERFORMANCE, section 3: coordinates, handcrafted, random weights, and the base row."""
+    """Rows that a learned one stands beside: coordinates, handcrafted, random weights, and the base row."""
     import torch
 
     torch.manual_seed(seed)

@@ -23,7 +23,7 @@ import sys
 import time
 from pathlib import Path
 
-# Idle threads that spin would take the cores from the reader thread (PERFORMANCE: OMP_WAIT_POLICY).
+# Idle threads that spin would take the cores from the reader thread (docs/decisions.md).
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np

@@ -60,7 +60,7 @@ def floor(module: str) -> int:
         return 0
     found = [level for level, rooms in enumerate(FLOORS) if name in rooms]
     if not found:
-        pytest.fail(f"{module} stands in a room that DESIGN section 2 does not know: {name}")
+        pytest.fail(f"{module} stands in a room that is on no floor (FLOORS; CONTRIBUTING.md): {name}")
     return found[0]
 
 
@@ -207,7 +207,7 @@ def test_pl_neither_shows_nor_sets_rcparams():
 
 
 def test_slots_are_named_once():
-    """The names of DESIGN section 3 are written out in ``_keys.py`` and in docstrings, nowhere else."""
+    """The names of docs/slots.md are written out in ``_keys.py`` and in docstrings, nowhere else."""
     slots = {"X_stfm", "spatial_domain", "predicted_expression", "niche_connectivities", "niche_distances"}
     wrong = []
     for module, path in MODULES.items():

@@ -1,4 +1,4 @@
-"""Every slot name of stfm, written once (the table of DESIGN, section 3)."""
+"""Every slot name of stfm, written once (docs/slots.md shows the same table)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Agreement of labels: the analytic values of FACTS, section 6."""
+"""Agreement of labels: values known analytically."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def test_constant_prediction_is_zero_unless_asked_otherwise():
 
 
 def test_pooling_rewards_telling_slides_apart():
-    # two slides with an offset of 3 and independent values inside: pooled .71, per slide about 0 (FACTS, section 6)
+    # two slides with an offset of 3 and independent values inside: pooled .71, per slide about 0
     rng = np.random.default_rng(0)
     slides = np.repeat(["a", "b"], 4000)
     offset = np.where(slides == "a", 0.0, 3.0)[:, None]

@@ -1,4 +1,4 @@
-"""Contrastive losses against exact values (FACTS section 6)."""
+"""Contrastive losses against values worked out by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Schedules against the exact values of FACTS section 6."""
+"""Schedules against values worked out by hand."""
 
 from __future__ import annotations
 

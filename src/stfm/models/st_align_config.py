@@ -22,7 +22,7 @@ SLOTS = {"spot_image": "image", "niche_image": "image", "spot_gene": "gene", "ni
 
 @dataclass(frozen=True)
 class STAlignConfig:
-    """Configuration of ST-Align; numbers in brackets are the rows of FACTS 1.7 that leave the matter open.
+    """Configuration of ST-Align; numbers in brackets are rows of the docs' table of open choices.
 
     Parameters
     ----------

@@ -17,7 +17,7 @@ NORMS = ("none", "batch", "layer")
 
 
 class Projection(nn.Sequential):
-    """Map of an encoder's features to the shared width d (FACTS 1.7, 7).
+    """Map of an encoder's features to the shared width d (table of open choices in the docs, row 7).
 
     Parameters
     ----------

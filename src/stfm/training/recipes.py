@@ -167,13 +167,13 @@ class Recipe:
         return cls.from_dict(json.loads(text))
 
 
-#: Preset -> recipe. "paper" holds what the paper states (FACTS 1.3); what it leaves open is ours.
+#: Preset -> recipe. "paper" holds what the paper states (section 4.1); what it leaves open is ours.
 RECIPES: dict[str, Recipe] = {
     "recommended": Recipe(),
     "paper": Recipe(batch_size=512, clip_grad_norm=None, decay_all=True, flips=False),
     "small": Recipe(epochs=30, max_steps=50, batch_size=256, lr=1e-3, gene_dropout=0.2),
     "tiny": Recipe(epochs=20, max_steps=60, batch_size=128, lr=2e-3, gene_dropout=0.2),
-    # The baselines as in STimage-1K4M (FACTS 1.4): Adam, constant weight decay, no warm-up.
+    # The baselines as in the code of STimage-1K4M: Adam, constant weight decay, no warm-up.
     "contrastive": Recipe(
         epochs=15,
         batch_size=1024,

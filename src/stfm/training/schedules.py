@@ -12,7 +12,7 @@ __all__ = ["cosine", "warmup_cosine"]
 def cosine(step: float, total: float, *, start: float, end: float) -> float:
     """Move from ``start`` to ``end`` along half a cosine.
 
-    Used for the weight decay of the paper, 0.04 -> 0.4 (FACTS 1.3: "cosine", which here rises, as in DINO).
+    Used for the weight decay of the paper, 0.04 -> 0.4 (section 4.1 says "cosine", which here rises, as in DINO).
 
     Parameters
     ----------

@@ -81,8 +81,8 @@ class GeneTransformer(nn.Module):
     n_genes, width, depth, heads, hidden, dropout
         Of the Transformer; the paper has depth 6, 8 heads, dropout 0.1.
     tokens
-        How one vector becomes tokens, which the paper leaves open (FACTS 1.7, 11): ``"chunks"``, ``"genes"``,
-        ``"single"``.
+        How one vector becomes tokens, which the paper leaves open (table of open choices in the docs, row 11):
+        ``"chunks"``, ``"genes"``, ``"single"``.
     n_tokens
         Number of chunks, or the most genes a spot.
     pooling
