@@ -1,4 +1,4 @@
-"""Compiled loops shared by the two neighbour searches, and the niche mean.
+"""Compiled loops shared by the two neighbour searches.
 
 Every kernel works on a range of rows and releases the interpreter lock, so that plain Python threads run them side by
 side (`stfm.slide._threads`). No numba threading layer is started: its layers forbid either concurrent callers or forked
@@ -114,46 +114,3 @@ def place(rows: NDArray[np.generic], order: NDArray[np.int32], lo: int, hi: int,
     for i in range(lo, hi):
         for t in range(rows.shape[1]):
             out[i, t] = rows[order[i], t]
-
-
-@njit
-def add_row(
-    data: NDArray[np.float32],
-    columns: NDArray[np.int32],
-    indptr: NDArray[np.int32],
-    row: int,
-    target: NDArray[np.float32],
-) -> None:
-    """Add a sparse row to a dense one."""
-    # unsigned positions spare numba's test for negative ones, a third of the time
-    for p in range(np.uint64(indptr[row]), np.uint64(indptr[row + 1])):
-        target[np.uint64(columns[p])] += np.float32(data[p])
-
-
-@njit
-def mean_rows(
-    data: NDArray[np.float32],
-    columns: NDArray[np.int32],
-    indptr: NDArray[np.int32],
-    index: NDArray[np.int32],
-    rows: NDArray[np.int64],
-    lo: int,
-    hi: int,
-    out: NDArray[np.float32],
-) -> None:
-    """Mean expression over the niche of each row (paper eq. 2), written densely; an empty niche is the spot itself."""
-    for b in range(lo, hi):
-        target = out[b]
-        target[:] = 0.0
-        size = 0
-        for t in range(index.shape[1]):
-            if index[rows[b], t] >= 0:
-                size += 1
-                add_row(data, columns, indptr, index[rows[b], t], target)
-        if size == 0:
-            add_row(data, columns, indptr, rows[b], target)
-        elif size > 1:
-            # a division, not a product with 1/n: equal rows then give exactly their own values
-            divisor = np.float32(size)
-            for g in range(target.shape[0]):
-                target[g] /= divisor

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     from stfm.slide._niche_table import NicheTable
 
+_UNEVEN = 2048  # rows from which a thread takes its share in pieces, so that none waits long for another
+
 
 def niche_mean(
     counts: sp.csr_matrix | sp.csr_array,
@@ -57,7 +59,7 @@ def niche_mean(
     InputError
         Shapes that do not fit each other.
     """
-    from stfm.slide._niche_kernels import mean_rows
+    from stfm.slide._niche_sums import mean_rows
 
     asked = check_mean(counts, table, rows)
     n, g = len(asked), counts.shape[1]
@@ -71,7 +73,7 @@ def niche_mean(
     def work(lo: int, hi: int) -> None:
         mean_rows(counts.data, counts.indices, counts.indptr, table.index, asked, lo, hi, result)
 
-    run(work, n, n_threads(n_jobs), inline=64)
+    run(work, n, n_threads(n_jobs), parts=4 if n > _UNEVEN else 1, inline=64)
     return result if transform is None else transform(result)
 
 
