@@ -25,7 +25,7 @@ extensions = [
     "sphinxcontrib.bibtex",
 ]
 source_suffix = {".rst": "restructuredtext", ".md": "myst-nb", ".ipynb": "myst-nb"}  # autosummary writes the first kind
-exclude_patterns = ["_build", "**.ipynb_checkpoints"]
+exclude_patterns = ["_build", "_generated", "**.ipynb_checkpoints"]
 templates_path = ["_templates"]
 nitpicky = True
 
@@ -81,6 +81,22 @@ def _bring_tutorials() -> None:
         shutil.copyfile(executed if executed.is_file() else path, target / path.name)
 
 
+def _bring_benchmarks() -> None:
+    """Write the committed tables (benchmarks/results/*.md) as one page to include; none of them has to be there."""
+    parts = []
+    for path in sorted((HERE.parent / "benchmarks" / "results").glob("*.md")):
+        title, *lines = path.read_text(encoding="utf-8").splitlines()
+        name = title.removeprefix("# ").strip()
+        levels = [len(line) - len(line.lstrip("#")) for line in lines]
+        deeper = "#" * (3 - min(filter(None, levels), default=3))  # below the title
+        body = [f"{deeper}{line}" if level else line for line, level in zip(lines, levels, strict=True)]
+        parts.append("\n".join([f"## {name}", *body]).rstrip())
+    text = "\n\n".join(parts) if parts else "No table is committed yet."
+    target = HERE / "_generated"
+    target.mkdir(exist_ok=True)
+    (target / "benchmarks.md").write_text(text + "\n", encoding="utf-8")
+
+
 PUBLIC = ("datasets", "encoders", "errors", "get", "metrics", "models", "pl", "pp", "slide", "tl")
 
 
@@ -125,5 +141,6 @@ def _exists(target: str) -> bool:
 
 def setup(app):
     _bring_tutorials()
+    _bring_benchmarks()
     app.stfm_homes = _public_homes()
     app.connect("missing-reference", _resolve, priority=900)
