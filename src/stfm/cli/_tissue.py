@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from anndata import AnnData
 
-TOY: dict[str, Any] = {"n_spots": 500, "n_patients": 4, "n_genes": 600}
+TOY: dict[str, Any] = {"n_spots": 400, "n_patients": 6, "n_genes": 600}
 LIBRARY, TRUTH = "library_id", "domain"
 
 
