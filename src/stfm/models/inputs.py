@@ -108,7 +108,7 @@ class SlideInputs:
         #: features of a frozen encoder that stand in for tiles, float32 (n, f); set by ``inference.features``
         self.spot_features: NDArray[np.float32] | None = None
         self.niche_features: NDArray[np.float32] | None = None
-        self._feature_means: dict[str, NDArray[np.float32]] = {}
+        self._feature_means: dict[str, NDArray[np.float64]] = {}
         if self.has_image:
             self._check_sizes()
 
@@ -261,8 +261,8 @@ class SlideInputs:
     def _mean_features(self, level: str) -> NDArray[np.float32]:
         if level not in self._feature_means:
             features = self.spot_features if level == "spot" else self.niche_features
-            self._feature_means[level] = np.mean(features, axis=0, dtype=np.float64).astype(np.float32)
-        return self._feature_means[level]
+            self._feature_means[level] = np.asarray(features, dtype=np.float32).mean(axis=0, dtype=np.float64)
+        return self._feature_means[level].astype(np.float32)
 
     def _gene_mask(self, n: int) -> torch.Tensor | None:
         if self.match is None or self.match.n_matched == self.match.n_vocabulary:

@@ -196,7 +196,7 @@ LIGHT: dict[str, Any] = {
     "temperature_per_loss": True,
     "lambda1": 0.15,
     "lambda2": 0.15,
-    "joint": "niche",
+    "joint": "concat",
 }
 
 PRESETS: dict[str, dict[str, Any]] = {

@@ -87,4 +87,4 @@ class Batch:
             if modality not in groups:
                 msg = f"modalities are 'image' and 'gene', got {modality!r}."
                 raise MissingKeyError(msg)
-        return replace(self, **{name: None for m in modalities for name in groups[m]})  # type: ignore[arg-type]
+        return replace(self, **{name: None for m in modalities for name in groups[m]})

@@ -292,7 +292,8 @@ def _array_positions(adata: AnnData, rows: NDArray[np.int64]) -> NDArray[np.floa
     """Return column and row of the spots on their array, where the object has them."""
     if not {"array_col", "array_row"} <= set(adata.obs.columns):
         return None
-    return adata.obs[["array_col", "array_row"]].to_numpy(dtype=np.float64)[rows]
+    positions: NDArray[np.float64] = adata.obs[["array_col", "array_row"]].to_numpy(dtype=np.float64)[rows]
+    return positions
 
 
 def _expression(adata: AnnData, layer: str | None) -> tuple[Any, Panel | None]:
