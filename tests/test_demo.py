@@ -64,7 +64,7 @@ def test_toy_holds_out_a_patient():
 
 @pytest.mark.slow
 def test_demo_leaves_figures_and_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(_tissue, "TOY", {"n_spots": 80, "n_patients": 3, "n_genes": 300, "mpp": 2.0})
+    monkeypatch.setattr(_tissue, "TOY", {"n_spots": 80, "n_patients": 3, "n_genes": 340, "mpp": 2.0})
     monkeypatch.setattr(_demo, "MODEL", "st-align-tiny")
     report = _demo.run("toy", out=tmp_path / "out", seed=0)
     assert all((tmp_path / "out" / name).stat().st_size > 5000 for name in FIGURES)

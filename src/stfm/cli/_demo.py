@@ -144,7 +144,7 @@ def predict(tissue: Tissue, model: Model, report: Report, seed: int) -> None:
     test = tissue.test
 
     def score(method: str, predicted: NDArray[np.float32], *, ours: bool = False) -> NDArray[np.float64]:
-        r = metrics.gene_pearson(log_expression(test, report.genes), predicted)
+        r: NDArray[np.float64] = metrics.gene_pearson(log_expression(test, report.genes), predicted)
         report.expression.append(Row(method, float(r.mean()), ours=ours))
         return r
 
