@@ -131,7 +131,7 @@ def show_domains(scores: pd.DataFrame) -> str:
 def learned_row(row: Learned, base: Callable[[Slide], np.ndarray], seed: int, *, alone: bool = False) -> expression.Row:
     """Image features of a model trained on the training slides, and the paper's MLP on them.
 
-    ``alone`` leaves out the frozen features, which otherwise stand beside the learned ones.
+    ``alone`` leaves out the features of the base row, which otherwise stand beside the model's own.
     """
 
     def make(train: Sequence[Slide]) -> Callable[[Slide], np.ndarray]:
@@ -165,8 +165,8 @@ def expression_table(
         for seed in seeds:
             random = {name: row for name, row in rows.items() if row.method != "ridge"}
             for name, row in learned.items():
-                random[f"{name}: frozen + aligned features, MLP"] = learned_row(row, base, seed)
-                random[f"{name}: aligned features, MLP"] = learned_row(row, base, seed, alone=True)
+                random[f"{name}: base + own features, MLP"] = learned_row(row, base, seed)
+                random[f"{name}: own features, MLP"] = learned_row(row, base, seed, alone=True)
             part = expression.run_protocol(protocol, slides, random, seed=seed)
             parts.append(part[part["row"] != "gene mean"].assign(seed=seed))
         save(pd.concat(parts, ignore_index=True))
@@ -229,7 +229,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--mode", nargs="+", default=["zero-shot", "self"], choices=["zero-shot", "self"])
     parser.add_argument("--protocols", nargs="+", default=list(PROTOCOLS), choices=PROTOCOLS)
-    parser.add_argument("--rows", nargs="+", help="only the learned rows whose names contain one of these")
+    parser.add_argument("--rows", nargs="+", help="only the learned rows whose names begin with one of these; a name in full is itself alone")
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
@@ -238,7 +238,9 @@ def main() -> None:
     recipe = {} if options.epochs is None else {"epochs": options.epochs}
     rows = learned_rows(recipe)
     if options.rows:
-        rows = {name: row for name, row in rows.items() if any(part in name for part in options.rows)}
+        exact = [name for name in options.rows if name in rows]
+        starts = tuple(part for part in options.rows if part not in rows)
+        rows = {name: row for name, row in rows.items() if name in exact or (starts and name.startswith(starts))}
     seeds = list(range(options.seeds))
     save = partial(report, options.table, options.out, recipe)
     if options.table == "domains":

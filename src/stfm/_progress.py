@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from stfm._settings import settings
@@ -13,8 +14,10 @@ if TYPE_CHECKING:
 
 
 def is_interactive() -> bool:
-    """Whether somebody watches: a terminal, or a notebook kernel."""
-    return sys.stderr.isatty() or "ipykernel" in sys.modules
+    """Whether somebody watches: a terminal, or a notebook that can draw a bar in place (ipywidgets)."""
+    if "ipykernel" in sys.modules:
+        return find_spec("ipywidgets") is not None
+    return sys.stderr.isatty()
 
 
 @contextmanager

@@ -132,7 +132,7 @@ class SlideFeatures:
         return surround(self._of_model(slide), slide.coords, self.rings)
 
     def _of_model(self, slide: Slide) -> NDArray[np.float32]:
-        """Return the image part and the niche part that a model makes of H&E alone."""
+        """Return what a model makes of H&E alone: its image and niche parts, and what its frozen encoders saw."""
         from stfm.inference.features import use_frozen_features
         from stfm.inference.stream import embed_slides
         from stfm.models.inputs import SlideInputs
@@ -143,7 +143,8 @@ class SlideFeatures:
             use_frozen_features(model, [inputs], device=self.device, cache=self.cache)
         (parts,) = embed_slides(model, [inputs], batch_size=self.batch_size, device=self.device)
         taken = [parts[name] for name in ("image", "niche") if name in parts] or [parts["joint"]]
-        return np.concatenate(taken, axis=1)
+        frozen = [f for f in (inputs.spot_features, inputs.niche_features) if f is not None]
+        return np.concatenate([*taken, *frozen], axis=1)
 
 
 def _encoder(source: Any, weights: str | Path | None) -> Any:
