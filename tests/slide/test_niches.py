@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import scipy.sparse as sp
@@ -15,6 +18,8 @@ from stfm.slide.niches import (
     NicheTable,
     Request,
     _in_order,
+    _search_compiled,
+    _search_scipy,
     knn,
     knn_numpy,
     lattice_tolerance,
@@ -122,16 +127,53 @@ class TestAgainstTwin:
                 found.append(_in_order(NicheTable(index, distance), searcher.ids, 1))
             same(*found)
 
-    @pytest.mark.parametrize("spread", ["clustered", "outlier"])
-    def test_uneven_points_take_the_tree(self, spread):
+    def test_clustered_points_take_the_tree(self):
         rng = np.random.default_rng(2)
-        points = rng.random((5000, 2))
-        if spread == "outlier":
-            points[7] = 1e8
-        else:
-            points = rng.random((10, 2))[rng.integers(0, 10, 5000)] + rng.normal(0, 1e-4, (5000, 2))
+        points = rng.random((10, 2))[rng.integers(0, 10, 5000)] + rng.normal(0, 1e-4, (5000, 2))
         assert Grid.build(points, 6, 1) is None
         assert (knn(points, 6).index >= 0).all()
+
+    @pytest.mark.parametrize("radius", [None, 0.05])
+    @pytest.mark.parametrize("far", [30.0, 1e8, 1e30])
+    def test_far_outliers_lie_in_the_border_of_the_grid(self, far, radius):
+        points = np.random.default_rng(2).random((3000, 2))
+        points[:7] = np.array([[1, 1], [1, 0.999], [-1, 0.5e-3], [0, -1], [0.3, 1], [-1, -1], [1, -1]]) * far
+        points[:7] += 0.5
+        assert Grid.build(points, 6, 1) is not None
+        same(knn(points, 6, radius=radius), knn_numpy(points, 6, radius=radius))
+
+    @quick
+    @given(
+        points=point_sets(),
+        k=st.sampled_from([1, 3, 6, None]),
+        radius=st.sampled_from([None, 10.0, 40.0]),
+        ties=st.sampled_from(["index", "all"]),
+        tolerance=st.sampled_from([None, 0.0, 2.5]),
+    )
+    def test_few_points_without_compiled_code(self, points, k, radius, ties, tolerance):
+        radius = 20.0 if k is None and radius is None else radius
+        request = Request(k, radius, ties, tolerance)
+        one, other = _search_scipy(points, request, 1), _search_compiled(points, request, 1)
+        same(one[0], other[0])
+        assert one[1] == other[1]
+
+    @pytest.mark.parametrize("ties", ["index", "all"])
+    @pytest.mark.parametrize("k", [3, 6])
+    def test_lattice_without_compiled_code(self, k, ties):
+        points = np.random.default_rng(0).permutation(np.round(hex_lattice(60, 50, 137.3)))[:2500]
+        one, other = (search(points, Request(k, ties=ties), 2) for search in (_search_scipy, _search_compiled))
+        same(one[0], other[0])
+        assert one[1] == other[1] > 0
+
+    def test_a_crowd_needs_compiled_code(self):
+        assert _search_scipy(np.zeros((2000, 2)), Request(3, ties="all"), 1) is None
+
+    def test_few_points_load_no_numba(self):
+        code = (
+            "import sys, numpy as np; from stfm.slide.niches import knn; "
+            "knn(np.random.default_rng(0).random((400, 2)), 6); sys.exit('numba' in sys.modules)"
+        )
+        assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
     def test_many_points_at_one_place(self):
         points = np.repeat([[1.0, 2.0], [5.0, 5.0]], 40, axis=0)

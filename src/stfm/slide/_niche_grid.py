@@ -13,14 +13,14 @@ from stfm.slide._niche_kernels import Rule, insert, njit, reach, write_row
 from stfm.slide._threads import edges, run
 
 SLACK = 1e-6  # of the side of a cell: a point may lie a rounding error outside the cell it was counted in
+_FAR = 8  # points to each side that may lie far from all others
 _CROWDED = 1.5  # times the points meant for a cell: beyond this a grid is the wrong tool
 
 
 @njit
 def cell_of(v: float, low: float, inverse: float, n: int) -> int:
     """Cell number of a coordinate along one axis."""
-    c = int((v - low) * inverse)
-    return min(max(c, 0), n - 1)
+    return int(min(max((v - low) * inverse, 0.0), n - 1.0))
 
 
 @njit
@@ -166,7 +166,11 @@ def query(
                 row = cy + (step + 1) // 2 * (1 if step % 2 else -1)
                 if row < 0 or row >= ny:
                     continue
-                gap = max(geometry[1] + row * h - y, y - geometry[1] - (row + 1) * h) - slack
+                gap = -1.0  # the first and the last row hold what lies beyond them, too
+                if row > cy:
+                    gap = geometry[1] + row * h - y - slack
+                elif row < cy:
+                    gap = y - geometry[1] - (row + 1) * h - slack
                 if gap > 0 and gap * gap > need:
                     continue
                 first = row * nx
@@ -205,9 +209,21 @@ class Grid:
     @classmethod
     def build(cls, coords: NDArray[np.float64], k: int, threads: int) -> Grid | None:
         """Return the grid, or None where the points are spread so unevenly that it would be slow."""
+        low, high = coords.min(axis=0), coords.max(axis=0)
+        grid = cls._within(coords, low, high - low, k, threads)
+        if grid is not None or len(coords) < 100 * _FAR:
+            return grid
+        # some points far away: they are counted in the cells at the border of the others
+        ordered = np.partition(coords, (_FAR, -1 - _FAR), axis=0)
+        low, high = ordered[_FAR], ordered[-1 - _FAR]
+        return cls._within(coords, low, high - low, k, threads)
+
+    @classmethod
+    def _within(
+        cls, coords: NDArray[np.float64], low: NDArray[np.float64], span: NDArray[np.float64], k: int, threads: int
+    ) -> Grid | None:
+        """Return the grid over a frame, or None."""
         n = len(coords)
-        low = np.array([coords[:, 0].min(), coords[:, 1].min()])
-        span = np.array([coords[:, 0].max(), coords[:, 1].max()]) - low
         if span.min() <= span.max() / n:
             return None  # all on one line
         per_cell = max(2.0, 0.3 * k)

@@ -94,8 +94,8 @@ def coordinates(adata: AnnData, spatial_key: str = SPATIAL) -> NDArray[np.float6
     if coords.ndim != 2 or coords.shape[1] not in (2, 3):
         msg = f"adata.obsm[{spatial_key!r}] must be (spots, 2) or (spots, 3), got {coords.shape}."
         raise InputError(msg)
-    bad = ~np.isfinite(coords).all(axis=1)
-    if bad.any():
+    if not np.isfinite(coords).all():
+        bad = ~np.isfinite(coords).all(axis=1)
         msg = (
             f"adata.obsm[{spatial_key!r}] has {int(bad.sum())} spots with nan or infinite coordinates "
             f"({adata.obs_names[bad][0]!r} first); remove them, for example with "

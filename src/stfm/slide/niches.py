@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from stfm._errors import InputError
 from stfm._validate import check_choice, check_count, check_positive
+from stfm.slide import _niche_scipy
 from stfm.slide._niche_mean import niche_mean
 from stfm.slide._niche_table import NicheTable, check_coords, empty_table, trimmed, widened, with_self
 from stfm.slide._niche_twins import knn_numpy, niche_mean_numpy
@@ -26,7 +28,8 @@ if TYPE_CHECKING:
 __all__ = ["NicheTable", "knn", "knn_numpy", "lattice_tolerance", "niche_mean", "niche_mean_numpy"]
 
 TIES = ("index", "all")
-_SAMPLE = 256  # spots that are asked first, to see how distances tie
+_KERNELS = "stfm.slide._niche_kernels"
+_SAMPLE = 128  # spots that are asked first, to see how distances tie
 _INLINE = 2**16  # rows that are copied faster than threads start
 _LATTICE_SPOTS = 10  # fewer are never called a lattice
 _LATTICE_SHARE = 0.9  # share of the spots of a lattice whose nearest neighbour lies at one pitch ...
@@ -47,8 +50,9 @@ def knn(
 ) -> NicheTable:
     """Find the exact nearest neighbours of every point (eq. 1), within its group.
 
-    Points that fill their area evenly are searched through a uniform grid, others (clusters, a far outlier, 3-D)
-    through a k-d tree; the result does not depend on which, nor on the number of threads.
+    Points that fill their area evenly are searched through a uniform grid, others (clusters, 3-D) through a k-d tree,
+    few points through scipy's as long as no compiled code is loaded; the result does not depend on which, nor on the
+    number of threads.
 
     Parameters
     ----------
@@ -162,15 +166,18 @@ class Request:
         """Whether spots may have more neighbours than were asked for."""
         return self.n_neighbors is None or self.ties == "all"
 
+    @property
+    def limit2(self) -> float:
+        """Largest squared distance: a neighbour at exactly the radius belongs, however its distance is rounded."""
+        return np.inf if self.radius is None else self.radius**2 * (1 + 1e-12)
+
     def rule(self, capacity: int, tolerance: float) -> Rule:
         """Return what a kernel needs to know; without a number of neighbours more are asked for than it can hold."""
         from stfm.slide._niche_kernels import Rule
 
-        # a neighbour at exactly the radius belongs, whatever the rounding of its distance
-        limit2 = np.inf if self.radius is None else self.radius**2 * (1 + 1e-12)
         if self.n_neighbors is None:
-            return Rule(capacity + 1, limit2, 0.0, True)
-        return Rule(self.n_neighbors, limit2, tolerance, self.ties == "all")
+            return Rule(capacity + 1, self.limit2, 0.0, True)
+        return Rule(self.n_neighbors, self.limit2, tolerance, self.ties == "all")
 
 
 def _members(groups: ArrayLike | None, n: int) -> list[NDArray[np.intp]] | None:
@@ -188,13 +195,41 @@ def _members(groups: ArrayLike | None, n: int) -> list[NDArray[np.intp]] | None:
 
 
 def _search(coords: NDArray[np.float64], request: Request, threads: int) -> tuple[NicheTable, float]:
+    """Search one group, few points without compiled code unless it is there already."""
+    n = len(coords)
+    if n == 0:
+        return empty_table(n, request.n_neighbors or 0), 0.0
+    if n < _niche_scipy.FEW:
+        if _KERNELS not in sys.modules:
+            found = _search_scipy(coords, request, threads)
+            if found is not None:
+                return found
+        threads = 1  # they gain nothing
+    return _search_compiled(coords, request, threads)
+
+
+def _search_scipy(coords: NDArray[np.float64], request: Request, threads: int) -> tuple[NicheTable, float] | None:
+    """Search one group through scipy's tree; None where too many points are tied for it."""
+    k, tolerance = request.n_neighbors, request.tie_tolerance
+    if tolerance is None and (k is None or len(coords) < _LATTICE_SPOTS):
+        tolerance = 0.0
+    return _niche_scipy.search(
+        coords,
+        k,
+        request.limit2,
+        request.ties == "all",
+        lattice_tolerance if tolerance is None else float(tolerance),
+        _sample(len(coords)),
+        threads,
+    )
+
+
+def _search_compiled(coords: NDArray[np.float64], request: Request, threads: int) -> tuple[NicheTable, float]:
     """Search one group: a first look at some spots shows how distances tie, and so how many candidates to hold."""
     from stfm.slide._niche_grid import Grid
     from stfm.slide._niche_tree import Tree
 
     n, k = len(coords), request.n_neighbors or 0
-    if n == 0:
-        return empty_table(n, k), 0.0
     searcher = (Grid.build(coords, k, threads) if coords.shape[1] == 2 else None) or Tree.build(coords, threads)
     tolerance = request.tie_tolerance
     if tolerance is None:
@@ -209,7 +244,7 @@ def _nearest(searcher: Grid | Tree) -> NDArray[np.float32]:
     """Return the distances from some spots to their nearest neighbours."""
     from stfm.slide._niche_kernels import Rule
 
-    return _ask(searcher, _sample(searcher), 1, Rule(1, np.inf, 0.0, False)).distance[:, 0]
+    return _ask(searcher, 1, Rule(1, np.inf, 0.0, False)).distance[:, 0]
 
 
 def lattice_tolerance(nearest: NDArray[np.floating]) -> float:
@@ -239,20 +274,22 @@ def _capacity(searcher: Grid | Tree, request: Request, tolerance: float) -> int:
     k = request.n_neighbors or 0
     trial = min(2 * k + 16, n)
     rule = request.rule(trial, tolerance)._replace(keep_all=True)
-    degree = _ask(searcher, _sample(searcher), trial, rule).degree
+    degree = _ask(searcher, trial, rule).degree
     return min(max(int(degree.max(initial=0)), k) + 1, n)
 
 
-def _sample(searcher: Grid | Tree) -> NDArray[np.int32]:
-    """Return units of work that lie evenly over the tissue."""
-    size = max(1, _SAMPLE * searcher.n_blocks // len(searcher.ids))
-    return np.unique(np.linspace(0, searcher.n_blocks - 1, size).astype(np.int32))
+def _sample(n: int) -> NDArray[np.intp]:
+    """Return spots that lie evenly over the tissue, as spots are mostly listed place by place."""
+    return np.unique(np.linspace(0, n - 1, _SAMPLE).astype(np.intp))
 
 
-def _ask(searcher: Grid | Tree, blocks: NDArray[np.int32], capacity: int, rule: Rule) -> NicheTable:
-    """Return the rows of some units of work alone."""
+def _ask(searcher: Grid | Tree, capacity: int, rule: Rule) -> NicheTable:
+    """Return the rows of the sample alone."""
     n = len(searcher.ids)
-    rows = searcher.positions(blocks)
+    asked = np.zeros(n, np.bool_)
+    asked[_sample(n)] = True
+    rows = np.flatnonzero(asked[searcher.ids]).astype(np.int32)
+    blocks = searcher.blocks(rows)
     index, distance = np.empty((n, capacity), np.int32), np.empty((n, capacity), np.float32)
     index[rows], distance[rows] = -1, np.inf
     searcher.query(blocks, capacity, rule, index, distance, np.zeros(n, np.bool_))
