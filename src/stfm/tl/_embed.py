@@ -104,7 +104,7 @@ def embed(
     >>> model = sf.tl.train(adata, "st-align-tiny", epochs=1)
     >>> sf.tl.embed(adata, model)
     >>> adata.obsm["X_stfm"].shape
-    (60, 64)
+    (60, 128)
     """
     check_count("batch_size", batch_size)
     check_choice("precision", precision, ("fp32", "bf16"))

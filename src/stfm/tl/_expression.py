@@ -81,8 +81,9 @@ def predict_expression(
         largest within one standard error of it: less good on the same patient, better on another.
     features
         Where the image features come from: an image encoder by name (:func:`stfm.encoders.list_encoders`) or as a
-        module, shown tiles of several sizes; or a trained model, whose image parts are taken. Of a fitted predictor
-        that was built on an encoder or model that no name gives back, the same must be given again.
+        module, shown tiles of several sizes; or a trained model: its image and niche parts, and what its frozen image
+        encoders saw. Of a fitted predictor that was built on an encoder or model that no name gives back, the same must
+        be given again.
     weights
         Checkpoint of an encoder given by name.
     contexts_um
@@ -206,7 +207,8 @@ def fit_expression(
         ``"best"`` takes the penalty with the best mean r on held-out sections; ``"one_se"`` the largest within one
         standard error of it, which carries over better to other patients.
     features
-        An image encoder by name or as a module, or a trained model, whose image parts are taken.
+        An image encoder by name or as a module; or a trained model: its image and niche parts, and what its frozen
+        image encoders saw.
     weights
         Checkpoint of an encoder given by name.
     contexts_um
