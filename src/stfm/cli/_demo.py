@@ -97,10 +97,8 @@ def train(tissue: Tissue, seed: int) -> Model:
     from stfm import tl
     from stfm.training.recipes import recipe_for
 
-    # Stains differ between patients, so they are varied; domains here may be two spots wide, so a spot speaks for
-    # itself and not for its niche.
-    recipe = recipe_for(MODEL).replace(stain_jitter=0.2)
-    return tl.train(tissue.train, MODEL, config={"joint": "spot"}, recipe=recipe, rng=seed)
+    recipe = recipe_for(MODEL).replace(stain_jitter=0.2)  # stains differ between patients
+    return tl.train(tissue.train, MODEL, recipe=recipe, rng=seed)
 
 
 def embed(tissue: Tissue, model: Model) -> None:
