@@ -1,0 +1,60 @@
+"""The pages of the docs name what the code has: options, slots, scripts of benchmarks."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from stfm import _keys
+from stfm.models import STAlignConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+
+pytestmark = pytest.mark.skipif(not DOCS.is_dir(), reason="the docs are not part of an installed package")
+
+
+def page(name: str) -> str:
+    return (DOCS / name).read_text(encoding="utf-8")
+
+
+def test_every_option_of_st_align_is_explained():
+    text = page("concepts/st_align.md")
+    slots = {"spot_image", "niche_image", "spot_gene", "niche_gene"}  # described as the four slots
+    absent = [f.name for f in fields(STAlignConfig) if f.name not in slots and f"`{f.name}" not in text]
+    assert absent == []
+
+
+def test_rows_that_docstrings_point_to_are_in_the_table_of_open_choices():
+    rows = {int(n) for n in re.findall(r"^\| (\d+) \|", page("concepts/st_align.md"), flags=re.MULTILINE)}
+    parameters = STAlignConfig.__doc__ or ""
+    pointed = {int(n) for group in re.findall(r"\((\d+(?:, \d+)*)\)", parameters) for n in group.split(", ")}
+    assert pointed
+    assert pointed <= rows
+
+
+def test_table_of_small_says_what_the_preset_is():
+    text = page("concepts/st_align.md")
+    small = STAlignConfig.preset("small")
+    for slot in ("spot_image", "niche_image", "spot_gene", "niche_gene"):
+        assert f"`{getattr(small, slot).name}`" in text
+    for name in ("n_neighbors", "centre", "joint", "lambda1"):
+        (row,) = re.findall(rf"^\| `{name}`.*$", text.split("## Where the text")[0], flags=re.MULTILINE)
+        value = getattr(small, name)
+        assert (f'"{value}"' if isinstance(value, str) else str(value)) in row.split("|")[3]
+
+
+def test_slots_page_names_every_slot():
+    text = page("slots.md")
+    slots = [_keys.SPATIAL, _keys.EMBEDDING, _keys.DOMAIN, _keys.PREDICTED, *_keys.niche_keys()]
+    slots += [_keys.part_key(_keys.EMBEDDING, part) for part in _keys.PARTS]
+    assert [slot for slot in slots if f'["{slot}"]' not in text] == []
+
+
+def test_every_benchmark_is_listed():
+    listed = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    scripts = [path.name for path in (ROOT / "benchmarks").glob("[!_]*.py")]
+    assert [name for name in scripts if name not in listed] == []
