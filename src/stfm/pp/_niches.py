@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from stfm.slide.niches import NicheTable
 
 _logger = get_logger(__name__)
-_SCALE_SPOTS = 2000  # spots around the middle that show the lattice of a library
+_SCALE_SPOTS = 1000  # spots around the middle that show the lattice of a library
 
 
 def build_niches(
