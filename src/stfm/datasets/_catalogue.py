@@ -74,7 +74,11 @@ DATASETS: Registry[DatasetSpec] = Registry("data set", entry_points_group="stfm.
 
 
 def list_datasets() -> pd.DataFrame:
-    """Table of the data sets: a row a section, with species, platform, picture, labels, licence and source.
+    """List the data sets.
+
+    Returns
+    -------
+    DataFrame with a row a section: title, species, platform, patient, picture, labels, licence, reference and source.
 
     Examples
     --------

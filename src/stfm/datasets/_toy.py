@@ -234,10 +234,9 @@ def _section(
             "in_tissue": 1,
             "n_cells": number.sum(axis=1).astype(np.int64),
         },
-        index=[f"{library}_{row}x{column}" for row, column in places.array],
+        index=_names(library, layout, places.array),
     )
     if layout == "cells":
-        obs.index = [f"{library}_cell{i}" for i in range(len(obs))]
         obs["cell_type"] = pd.Categorical([CELL_TYPES[code] for code in cells.kind], categories=list(CELL_TYPES))
     adata = AnnData(X, obs=obs, var=pd.DataFrame(index=plan.names))
     fractions = content / np.maximum(content.sum(axis=1, keepdims=True), 1e-12)
@@ -258,6 +257,13 @@ def _section(
         entry["images"] = {"hires": render(image_rng, tissue, cells, stain, mpp)}
     adata.uns["spatial"] = {library: entry}
     return adata
+
+
+def _names(library: str, layout: Layout, array: NDArray[np.int64]) -> list[str]:
+    """Names of the spots by their place on the array, of cells by their number."""
+    if layout == "cells":
+        return [f"{library}_cell{number}" for number in range(len(array))]
+    return [f"{library}_{row}x{column}" for row, column in array]
 
 
 def _place_spots(rng: np.random.Generator, layout: Layout, n_spots: int) -> _Places:
