@@ -229,7 +229,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--mode", nargs="+", default=["zero-shot", "self"], choices=["zero-shot", "self"])
     parser.add_argument("--protocols", nargs="+", default=list(PROTOCOLS), choices=PROTOCOLS)
-    parser.add_argument("--rows", nargs="+", help="only the learned rows whose names begin with one of these; a name in full is itself alone")
+    parser.add_argument("--rows", nargs="+", help="only these learned rows: names, or how names begin")
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
