@@ -85,7 +85,7 @@ def test_total_is_equation_12(vocabulary, make_batch):
     {"projection": "mlp", "projection_norm": "layer", "projection_dropout": 0.1},
     {"lambda1": 1.0, "lambda2": 0.0},
     {"parts": "spot", "joint": "niche"},
-    {"joint": "concat"},
+    {"joint": "niche"},
 ], ids=str)  # fmt: skip
 def test_options_train_save_and_embed(changes: dict, vocabulary, make_batch, tmp_path: Path):
     model = make(vocabulary, **changes).train()
@@ -96,7 +96,8 @@ def test_options_train_save_and_embed(changes: dict, vocabulary, make_batch, tmp
     batch = make_batch(model)
     with torch.no_grad():
         joint = model.embed(batch).joint
-        assert joint.shape[1] == (128 if "concat" in changes.values() else 64)
+        fused = 128 if changes.get("fusion") == "concat" else 64
+        assert joint.shape[1] == fused * (2 if model.config.joint == "concat" else 1)
         model.save(tmp_path)
         assert torch.equal(load(tmp_path).embed(batch).joint, joint)
         assert torch.isfinite(model.embed(batch.without("image")).joint).all()

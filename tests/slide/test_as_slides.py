@@ -195,3 +195,31 @@ def test_target_actualises_a_view_with_a_warning():
     assert target(view, copy=True) is not view
     with pytest.raises(WrongTypeError, match="must be AnnData"):
         target(np.zeros(3), copy=False)
+
+
+def test_a_view_of_a_backed_object_is_refused_before_any_warning(tmp_path):
+    import anndata as ad
+
+    import stfm as sf
+
+    visium().write_h5ad(tmp_path / "a.h5ad")
+    view = ad.read_h5ad(tmp_path / "a.h5ad", backed="r")[:20]
+    with pytest.raises(InputError, match="to_memory"):
+        sf.pp.build_niches(view)
+
+
+@pytest.mark.parametrize("wrong", [3, type("SpatialData", (), {})()])
+def test_what_is_no_table_is_refused(wrong):
+    import stfm as sf
+
+    with pytest.raises(WrongTypeError, match="must be AnnData"):
+        sf.pp.build_niches(wrong)
+
+
+def test_coordinates_that_are_no_numbers_are_refused():
+    import stfm as sf
+
+    adata = visium()
+    adata.obsm["spatial"] = np.full((adata.n_obs, 2), "left")
+    with pytest.raises(InputError, match="does not hold numbers"):
+        sf.pp.build_niches(adata)

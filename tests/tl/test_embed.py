@@ -131,7 +131,7 @@ def test_saved_model_by_its_folder(adata, model, tmp_path):
 
 def test_one_spot(adata, model):
     one = adata[:1].copy()
-    assert embedded(one, model, mpp=2.0).shape == (1, 64)
+    assert embedded(one, model, mpp=2.0).shape == (1, 128)
 
 
 def test_a_view_is_made_whole_with_a_warning(adata, model):

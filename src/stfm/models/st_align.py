@@ -252,7 +252,7 @@ class STAlign(Model):
             msg = f"The batch has neither image nor counts of the {missing[0]}s, which joint={self.plan.joint!r} needs."
             raise InputError(msg)
         return Embedding(
-            joint=torch.cat(cast("list[Tensor]", vectors), dim=-1),
+            joint=cast("Tensor", self._unit(torch.cat(cast("list[Tensor]", vectors), dim=-1))),
             image=self._part([output.image for output in outputs.values()]),
             gene=self._part([output.gene for output in outputs.values()]),
             niche=fused.get("niche"),

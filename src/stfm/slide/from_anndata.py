@@ -46,6 +46,15 @@ def is_table(data: Any) -> bool:
     return isinstance(data, AnnData)
 
 
+def check_table(adata: Any) -> AnnData:
+    """Refuse what is not AnnData, and say where the table of a SpatialData is."""
+    if isinstance(adata, AnnData):
+        return adata
+    advice = " Give its table: sdata.tables[...]." if type(adata).__name__ == "SpatialData" else ""
+    msg = f"adata must be AnnData, got {type(adata).__name__}.{advice}"
+    raise WrongTypeError(msg)
+
+
 def read_file(path: Path) -> AnnData:
     """Open an ``.h5ad`` file without reading its counts."""
     if not path.exists():
@@ -60,13 +69,15 @@ def read_file(path: Path) -> AnnData:
 def target(adata: AnnData, *, copy: bool) -> AnnData:
     """Return the object that a function writes to: the copy, or the object itself made whole.
 
-    A view is actualised with a warning, since writing to it would copy it behind the user's back.
+    A view is actualised with a warning, since writing to it would copy it behind the user's back; a view of a backed
+    object cannot be, and is refused.
     """
-    if not isinstance(adata, AnnData):
-        msg = f"adata must be AnnData, got {type(adata).__name__}."
-        raise WrongTypeError(msg)
+    check_table(adata)
     if copy:
         return adata.to_memory() if adata.isbacked else adata.copy()
+    if adata.is_view and adata.isbacked:
+        msg = "adata is a view of a backed object, which cannot be written to; pass adata.to_memory()."
+        raise InputError(msg)
     if adata.is_view:
         warnings.warn(
             "adata is a view of another object; it is made an object of its own before results are written. "
@@ -80,6 +91,7 @@ def target(adata: AnnData, *, copy: bool) -> AnnData:
 
 def coordinates(adata: AnnData, spatial_key: str = SPATIAL) -> NDArray[np.float64]:
     """Return the coordinates, float64 ``(n, 2)`` or ``(n, 3)``; refuse what cannot be coordinates."""
+    check_table(adata)
     if adata.n_obs == 0:
         msg = "adata has no spots; give an object with at least one."
         raise InputError(msg)
@@ -90,7 +102,11 @@ def coordinates(adata: AnnData, spatial_key: str = SPATIAL) -> NDArray[np.float6
             "or name their entry with spatial_key=."
         )
         raise MissingKeyError(msg)
-    coords = np.asarray(adata.obsm[spatial_key], dtype=np.float64)
+    try:
+        coords = np.asarray(adata.obsm[spatial_key], dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        msg = f"adata.obsm[{spatial_key!r}] does not hold numbers ({error})."
+        raise InputError(msg) from error
     if coords.ndim != 2 or coords.shape[1] not in (2, 3):
         msg = f"adata.obsm[{spatial_key!r}] must be (spots, 2) or (spots, 3), got {coords.shape}."
         raise InputError(msg)

@@ -18,7 +18,7 @@ from stfm.inference.stream import embed_slides
 from stfm.models.base import CONFIG_FILE, Model
 from stfm.models.inputs import SlideInputs
 from stfm.models.registry import MODELS, load
-from stfm.slide.from_anndata import target
+from stfm.slide.from_anndata import check_table, target
 from stfm.slide.read import as_slides
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def embed(
     resolve_device(device)
     trained, source = _resolve(model)
     slides = as_slides(
-        _checked(adata), library_key=library_key, spatial_key=spatial_key, layer=layer, image=image, mpp=mpp,
+        check_table(adata), library_key=library_key, spatial_key=spatial_key, layer=layer, image=image, mpp=mpp,
         modalities=_modalities(trained),
     )  # fmt: skip
     inputs = [SlideInputs(s, trained.inputs, trained.vocabulary, slide_id=i) for i, s in enumerate(slides)]
@@ -133,15 +133,6 @@ def embed(
     result.obsm[key_added] = whole["joint"]
     result.uns[key_added] = description
     return result if copy else None
-
-
-def _checked(adata: Any) -> AnnData:
-    from anndata import AnnData
-
-    if not isinstance(adata, AnnData):
-        msg = f"adata must be AnnData, got {type(adata).__name__}; read a file with anndata.read_h5ad first."
-        raise WrongTypeError(msg)
-    return adata
 
 
 def _resolve(model: Model | str | Path | None) -> tuple[Model, str]:
