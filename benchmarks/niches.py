@@ -22,7 +22,7 @@ import scipy.sparse as sp
 from _common import best_of, in_new_process, table, write
 
 K = 6
-# times squidpy at 1 M and at 100 k, in order or shuffled (PERFORMANCE, section 2)
+# times squidpy at 1 M and at 100 k, in order or shuffled
 GOALS = {1_000_000: {"lattice": 20.0, "random": 15.0}, 100_000: {"lattice": 15.0, "random": 8.0}}
 MEAN_GOALS = {"batches of 4096": 10.0, "random batches of 512": 7.0}
 

@@ -3,9 +3,9 @@
 Every learned row is trained here, from scratch, by ``sf.tl.train``, and stands beside simple rows under the same
 protocol. Settings were chosen on training sections only (docs/decisions.md); the test sections are scored and no more.
 
-    python benchmarks/st_align.py domains     --data ../shared/data [--seeds 3] [--mode zero-shot self]
-    python benchmarks/st_align.py expression  --data ../shared/data --weights mobilenet_v2_float.safetensors
-    python benchmarks/st_align.py spots       --data ../shared/data --weights ...   (the paper's own 80 / 20 split)
+    python benchmarks/st_align.py domains     --data DATA [--seeds 3] [--mode zero-shot self]
+    python benchmarks/st_align.py expression  --data DATA --weights mobilenet_v2_float.safetensors
+    python benchmarks/st_align.py spots       --data DATA --weights ...   (the paper's own 80 / 20 split)
 """
 
 from __future__ import annotations
