@@ -150,6 +150,8 @@ _KILLED = """
 import sys, time
 sys.path.insert(0, {tests!r})
 from pathlib import Path
+import torch
+torch.set_num_threads(1)
 from fake_model import make_model, make_slide
 import stfm as sf
 from stfm._settings import settings
@@ -172,8 +174,17 @@ sf.tl.train(slides, make_model(), recipe=recipe, checkpoint_dir={folder!r}, resu
 """
 
 
+@pytest.fixture
+def one_thread():
+    """Sums, and the masks of dropout, depend on the number of threads: it is to be that of the other process."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.slow
-def test_a_killed_run_resumes_to_what_it_would_have_been(tmp_path):
+def test_a_killed_run_resumes_to_what_it_would_have_been(tmp_path, one_thread):
     sign, folder = tmp_path / "epoch-3", tmp_path / "run"
     tests = Path(__file__).parents[1] / "training"
     values = {"tests": tests, "cache": tmp_path / "cache", "sign": sign, "folder": folder}
