@@ -174,17 +174,31 @@ sf.tl.train(slides, make_model(), recipe=recipe, checkpoint_dir={folder!r}, resu
 """
 
 
-@pytest.fixture
-def one_thread():
-    """Sums, and the masks of dropout, depend on the number of threads: it is to be that of the other process."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+_RESUMED = """
+import sys
+sys.path.insert(0, {tests!r})
+import torch
+torch.set_num_threads(1)
+from fake_model import make_model, make_slide
+import stfm as sf
+from stfm._settings import settings
+from stfm.training.recipes import Recipe
+
+settings.cache_dir = {cache!r}
+slides = [make_slide(f"S{{i}}", 30, seed=i, patient=f"P{{i}}") for i in range(3)]
+recipe = Recipe(epochs=6, batch_size=16, lr=1e-2)
+runs = {{
+    "whole": sf.tl.train(slides, make_model(), recipe=recipe),
+    "resumed": sf.tl.train(slides, make_model(), recipe=recipe, checkpoint_dir={folder!r}, resume=True),
+}}
+for name, model in runs.items():
+    torch.save(model.state_dict(), f"{{name}}.pt")
+    model.history.to_csv(f"{{name}}.csv", index=False)
+"""
 
 
 @pytest.mark.slow
-def test_a_killed_run_resumes_to_what_it_would_have_been(tmp_path, one_thread):
+def test_a_killed_run_resumes_to_what_it_would_have_been(tmp_path):
     sign, folder = tmp_path / "epoch-3", tmp_path / "run"
     tests = Path(__file__).parents[1] / "training"
     values = {"tests": tests, "cache": tmp_path / "cache", "sign": sign, "folder": folder}
@@ -198,16 +212,16 @@ def test_a_killed_run_resumes_to_what_it_would_have_been(tmp_path, one_thread):
     assert [p.name for p in folder.iterdir()] == ["last.ckpt"]
     assert not (tmp_path / "lightning_logs").exists()
 
-    slides = [make_slide(f"S{i}", 30, seed=i, patient=f"P{i}") for i in range(3)]
-    recipe = Recipe(epochs=6, batch_size=16, lr=1e-2)
-    # Features that other tests left in the cache, computed in other batches, differ in the last bit.
-    with sf.settings.override(cache_dir=tmp_path / "own-cache"):
-        whole = sf.tl.train(slides, make_model(), recipe=recipe)
-        resumed = sf.tl.train(slides, make_model(), recipe=recipe, checkpoint_dir=folder, resume=True)
-    assert same(whole, resumed)
-    assert resumed.history["epoch"].tolist() == [0, 1, 2, 3, 4, 5]
+    # Both in a new process, as after a real kill: sums and dropout depend on the threads that a process has.
+    subprocess.run(
+        [sys.executable, "-c", _RESUMED.format(**{k: str(v) for k, v in values.items()})], cwd=tmp_path, check=True
+    )
+    whole, resumed = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("whole", "resumed"))
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+    before, after = (pd.read_csv(tmp_path / f"{name}.csv") for name in ("whole", "resumed"))
+    assert after["epoch"].tolist() == [0, 1, 2, 3, 4, 5]
     clock = ["seconds", "spots_per_second"]
-    pd.testing.assert_frame_equal(whole.history.drop(columns=clock), resumed.history.drop(columns=clock))
+    pd.testing.assert_frame_equal(before.drop(columns=clock), after.drop(columns=clock))
 
 
 _TWO_DEVICES = """
