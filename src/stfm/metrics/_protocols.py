@@ -58,9 +58,8 @@ class Protocol:
         Sides of the tiles of the base row, in µm.
     test_fraction
         Share of held-out spots of a spot-wise protocol, else 0.
-    ceiling, base, goal
-        Noise ceiling of the target, the base row (ridge on frozen features; for domains a tied Gaussian mixture on
-        PCA) and the goal, where measured; NaN where not.
+    ceiling
+        Noise ceiling of the target, where measured; NaN where not.
     note
         What a reader of the number must know.
     """
@@ -76,8 +75,6 @@ class Protocol:
     contexts_um: tuple[float, ...] = (112.0, 224.0, 448.0)
     test_fraction: float = 0.0
     ceiling: float = float("nan")
-    base: float = float("nan")
-    goal: float = float("nan")
     note: str = ""
 
     @property
@@ -102,23 +99,23 @@ def _register(registry: Registry[Protocol]) -> None:
     her2st, mob, dlpfc = ("C2", "C3", "C4", "C5"), ("1", "2", "3"), ("151673", "151674", "151675")
     cortex = (448.0, 1120.0)
     for protocol in (
-        Protocol("her2st-C-loso", "expression", "her2st", _leave_one_out(*her2st), "section", ceiling=0.690, base=0.370,
-                 goal=0.43, note="consecutive sections of one tumour: says nothing about other patients"),
+        Protocol("her2st-C-loso", "expression", "her2st", _leave_one_out(*her2st), "section", ceiling=0.690,
+                 note="consecutive sections of one tumour: says nothing about other patients"),
         Protocol("her2st-C-to-B4", "expression", "her2st", (Fold(her2st, ("B4",)),), "patient", ceiling=0.609,
-                 base=0.239, goal=0.31, note="another patient"),
-        Protocol("mob-loso", "expression", "mob", _leave_one_out(*mob), "section", ceiling=0.659, base=0.397, goal=0.50,
+                 note="another patient"),
+        Protocol("mob-loso", "expression", "mob", _leave_one_out(*mob), "section", ceiling=0.659,
                  note="sections 1 and 2 are one animal; the 1000 genes were preselected by the authors"),
         Protocol("mob-animal1-to-2", "expression", "mob", (Fold(("1", "2"), ("3",)),), "animal", ceiling=0.644,
-                 base=0.377, goal=0.47, note="another animal; the 1000 genes were preselected by the authors"),
+                 note="another animal; the 1000 genes were preselected by the authors"),
         Protocol("mob-animal2-to-1", "expression", "mob", (Fold(("3",), ("1", "2")),), "animal", ceiling=0.650,
-                 base=0.391, goal=0.47, note="another animal, one training section"),
+                 note="another animal, one training section"),
         Protocol("dlpfc-loso", "expression", "dlpfc", _leave_one_out(*dlpfc), "section", contexts_um=cortex,
-                 ceiling=0.516, base=0.318, goal=0.36,
-                 note="one donor, low-resolution H&E; coordinates alone reach .312, so that row stands beside it"),
+                 ceiling=0.516,
+                 note="one donor, low-resolution H&E; coordinates alone are strong, so that row stands beside it"),
         Protocol("spots-80-20", "expression", "any", (), "spot", test_fraction=0.2,
                  note="the ST-Align paper's own: random spots of the same slide, whose neighbours train; it leaks"),
         Protocol("dlpfc-domains", "domains", "dlpfc", tuple(Fold((), (s,)) for s in dlpfc), "section", genes="none",
-                 target="layers L1-L6 and WM (7 domains)", contexts_um=cortex, base=0.348, goal=0.62,
+                 target="layers L1-L6 and WM (7 domains)", contexts_um=cortex,
                  score="ARI over labelled spots (unlabelled ones take part in clustering); median over sections, "
                        "mean over five seeds", note="one donor; no layer is used to choose anything"),
     ):  # fmt: skip
