@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -191,28 +193,38 @@ def test_weights_of_equation_12():
         check_weights(0.2, -0.1)
 
 
-def _distributed_worker(rank: int, folder: str) -> None:
-    """Two devices with 3 and 2 spots; the result must be that of one device with all 5."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    generator = torch.Generator().manual_seed(0)
-    x, y = torch.randn(2, 5, 4, generator=generator, dtype=torch.float64)
-    slide = torch.tensor([0, 0, 1, 1, 0])
-    rows = slice(0, 3) if rank == 0 else slice(3, 5)
-    weight = torch.eye(4, dtype=torch.float64, requires_grad=True)
-    excluded = excluded_pairs(Batch(slide_id=slide[rows]), negatives="slide")
-    loss = contrastive_loss(x[rows] @ weight, y[rows], excluded=excluded) * (len(x[rows]) / 5)
-    loss.backward()
-    torch.distributed.all_reduce(weight.grad)
-    total = loss.detach().clone()
-    torch.distributed.all_reduce(total)
-    torch.save((total, weight.grad), Path(folder) / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
+# One of two devices with 3 and 2 spots; a program of its own, since a spawned process cannot import this module.
+WORKER = """
+import sys
+import torch
+from stfm.nn.batch import Batch
+from stfm.nn.losses import contrastive_loss, excluded_pairs
+
+folder, rank = sys.argv[1], int(sys.argv[2])
+torch.set_num_threads(1)
+torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+generator = torch.Generator().manual_seed(0)
+x, y = torch.randn(2, 5, 4, generator=generator, dtype=torch.float64)
+slide = torch.tensor([0, 0, 1, 1, 0])
+rows = slice(0, 3) if rank == 0 else slice(3, 5)
+weight = torch.eye(4, dtype=torch.float64, requires_grad=True)
+excluded = excluded_pairs(Batch(slide_id=slide[rows]), negatives="slide")
+loss = contrastive_loss(x[rows] @ weight, y[rows], excluded=excluded) * (len(x[rows]) / 5)
+loss.backward()
+torch.distributed.all_reduce(weight.grad)
+total = loss.detach().clone()
+torch.distributed.all_reduce(total)
+torch.save((total, weight.grad), f"{folder}/{rank}.pt")
+torch.distributed.destroy_process_group()
+"""
 
 
 @pytest.mark.slow
 def test_candidates_come_from_all_devices(tmp_path: Path):
-    torch.multiprocessing.spawn(_distributed_worker, args=(str(tmp_path),), nprocs=2)
+    command = [sys.executable, "-c", WORKER, str(tmp_path)]
+    devices = [subprocess.Popen([*command, str(rank)], stderr=subprocess.PIPE, text=True) for rank in range(2)]
+    errors = [device.communicate(timeout=300)[1] for device in devices]
+    assert [device.returncode for device in devices] == [0, 0], "\n".join(errors)
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randn(2, 5, 4, generator=generator, dtype=torch.float64)
     weight = torch.eye(4, dtype=torch.float64, requires_grad=True)
