@@ -31,6 +31,16 @@ def check_choice(name: str, value: str, choices: Iterable[str]) -> str:
     return value
 
 
+def check_key(name: str, value: str) -> None:
+    """Refuse what cannot name a slot: no string, or an empty one."""
+    if not isinstance(value, str):
+        msg = f"{name} must be a string, got {type(value).__name__}."
+        raise WrongTypeError(msg)
+    if not value:
+        msg = f"{name} is empty; give the result a name."
+        raise InputError(msg)
+
+
 def check_positive(name: str, value: float) -> None:
     """Refuse a number that is not finite and greater than zero."""
     if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):

@@ -39,7 +39,7 @@ def _section(name: str, seed: int, side: int = 9) -> ad.AnnData:
     adata.var_names = [*GENES, *[f"REST{i}" for i in range(6)]]
     adata.obs_names = [f"{name}-{i}" for i in range(side * side)]
     adata.obs["library_id"] = name
-    adata.obs["patient"] = f"patient {seed % 2}"
+    adata.obs["patient"] = f"patient {seed}"
     adata.obsm["spatial"] = np.column_stack([x + 1, y + 1]) * float(pitch)
     adata.uns["spatial"] = {
         name: {"images": {"hires": image}, "scalefactors": {"tissue_hires_scalef": 1.0, "microns_per_pixel": 4.0}}
@@ -120,15 +120,96 @@ def test_many_libraries_at_once(sections: list[ad.AnnData], predictor: Expressio
     both = ad.concat(sections[1:], uns_merge="unique")
     order = np.random.default_rng(0).permutation(both.n_obs)
     mixed = both[order].copy()
-    tl.predict_expression(mixed, model=predictor, cache=False)
+    with pytest.warns(StfmWarning, match="Slide 's1' is in the target"):
+        tl.predict_expression(mixed, model=predictor, cache=False)
     alone = tl.predict_expression(sections[2], model=predictor, cache=False, copy=True)
     mine = mixed.obsm["predicted_expression"].loc[sections[2].obs_names]
     np.testing.assert_allclose(mine, alone.obsm["predicted_expression"], atol=1e-5)
 
 
+def _quietly_unseen(target: ad.AnnData, **options):
+    """Predict under warnings that are errors, and return what is recorded."""
+    done = tl.predict_expression(target, cache=False, copy=True, **options)
+    record = done.uns["predicted_expression"]
+    return record["seen_in_training"].tolist(), record["patient_seen_in_training"].tolist()
+
+
+def test_a_measured_slide_that_was_seen_is_told_and_marked(sections, predictor: ExpressionPredictor, tmp_path):
+    from stfm import pl
+
+    assert _quietly_unseen(sections[2], model=predictor) == ([False], [False])
+    with pytest.warns(
+        StfmWarning, match=r"Slide 's0' is in the target and in what the model saw\..*new tissue"
+    ) as told:
+        done = tl.predict_expression(sections[0], model=predictor, cache=False, copy=True)
+    assert len(told) == 1
+    done.write_h5ad(tmp_path / "a.h5ad")
+    read = ad.read_h5ad(tmp_path / "a.h5ad")
+    own = get.predicted(read).uns["predicted_expression"]
+    assert list(own["libraries"]) == ["s0"]
+    assert own["seen_in_training"].tolist() == own["patient_seen_in_training"].tolist() == [True]
+    axes = pl.predicted_expression(read, "NUCLEI", image=False)
+    assert [ax.get_title().endswith("(slide seen)") for ax in axes[0]] == [False, True]
+    predictor.save(tmp_path / "p")
+    with pytest.warns(StfmWarning, match="Slide 's1' is in the target"):
+        tl.predict_expression(sections[1], model=tmp_path / "p", cache=False, copy=True)
+    with pytest.warns(StfmWarning, match="Slide 's1' is in the target"):
+        tl.predict_expression(sections[1], reference=sections[:2], copy=True, **SMALL)
+    unmeasured = ad.AnnData(
+        obs=sections[0].obs, obsm={"spatial": sections[0].obsm["spatial"]}, uns=dict(sections[0].uns)
+    )
+    assert _quietly_unseen(unmeasured, model=predictor) == ([True], [True])  # nothing to compare with: no warning
+
+
+def test_another_slide_of_a_patient_that_was_seen(sections, predictor: ExpressionPredictor):
+    from stfm import pl
+
+    cousin = sections[2].copy()
+    cousin.obs["patient"] = "patient 1"
+    with pytest.warns(StfmWarning, match=r"^Patient 'patient 1' is in the target and in what the model saw\."):
+        tl.predict_expression(cousin, model=predictor, cache=False)
+    assert pl.predicted_expression(cousin, "NUCLEI", image=False)[0, 1].get_title().endswith("(patient seen)")
+    # a name means something within a study only
+    for study, same in (("one", False), ("two", True)):
+        cousin.obs["study"] = study
+        known = ExpressionPredictor(
+            predictor.genes, predictor.arrays, predictor.choice, predictor.features,
+            {**predictor.seen, "studies": ["two"]},
+        )  # fmt: skip
+        if same:
+            with pytest.warns(StfmWarning, match="Patient"):
+                tl.predict_expression(cousin, model=known, cache=False)
+        else:
+            assert _quietly_unseen(cousin, model=known) == ([False], [False])
+
+
+def test_slides_without_a_name_are_not_taken_for_each_other(sections, predictor: ExpressionPredictor):
+    nameless = sections[2].copy()
+    del nameless.obs["library_id"]
+    nameless.uns["spatial"] = {"slide": nameless.uns["spatial"]["s2"]}
+    known = ExpressionPredictor(
+        predictor.genes, predictor.arrays, predictor.choice, predictor.features, {"slides": ["slide"]}
+    )
+    assert _quietly_unseen(nameless, model=known) == ([False], [False])
+
+
+def test_what_the_model_behind_the_features_saw_counts(sections):
+    from stfm.models.base import Seen
+    from stfm.slide import as_slides
+    from stfm.tl._seen import exposure
+
+    behind = Seen()
+    behind.add(as_slides(sections[2]))
+    found = exposure(as_slides(sections[1:]), {"slides": ["s0"], "patients": ["patient 0"]}, behind, None)
+    assert (found.slides, found.patients) == ((False, True), (False, True))
+    assert found.words == ("Slide 's2' is in the target and in what the model saw.",)
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
+        ({"key_added": ""}, InputError, "key_added is empty"),
+        ({"key_added": 3}, WrongTypeError, "key_added must be a string"),
         ({}, InputError, "give either reference= .* or model="),
         ({"model": "nowhere"}, MissingKeyError, "holds no fitted predictor"),
         ({"model": 3}, WrongTypeError, "model must be a fitted predictor"),

@@ -26,7 +26,9 @@ def predicted(adata: AnnData, *, key: str = PREDICTED) -> AnnData:
     Returns
     -------
     AnnData ``(n, g)``: ``X`` float32 in ``log1p(1e4 c / sum c)``, ``obs``, ``obsm`` (without the prediction itself) and
-    ``uns`` (the image among it) of ``adata``; ``var`` as in ``adata`` for genes that it measured.
+    ``uns`` (the image among it) of ``adata``; ``var`` as in ``adata`` for genes that it measured. ``uns[key]`` says of
+    every library whether it, or its patient, was seen in training (``seen_in_training``,
+    ``patient_seen_in_training``).
 
     Raises
     ------

@@ -40,6 +40,9 @@ def predicted_expression(
 ) -> Axes | NDArray[Any]:
     """Draw predicted expression beside the measured, with their correlation.
 
+    The title of a prediction says "slide seen" or "patient seen" where the predictor was fitted on that slide, or on
+    others of its patient: the correlation is then no test.
+
     Parameters
     ----------
     adata
@@ -87,6 +90,7 @@ def predicted_expression(
     genes = [gene] if isinstance(gene, str) else list(gene)
     predicted = _predicted(adata, genes, key)
     measured = {name: _measured(adata, name, layer) for name in genes}
+    seen = _seen(adata, key)
     places = ground(adata, library, library_key=library_key, spatial_key=spatial_key, image=image)
     panels = [
         (name, place, kind)
@@ -100,7 +104,7 @@ def predicted_expression(
         truth = measured[name]
         _panel(
             axis, place, kind, name, None if truth is None else truth[place.rows], predicted[name][place.rows],
-            size=size, cmap=cmap, same_scale=same_scale, several=len(places) > 1,
+            size=size, cmap=cmap, same_scale=same_scale, several=len(places) > 1, seen=seen.get(place.name, ""),
         )  # fmt: skip
     single: Axes = axes[0]
     if len(panels) == 1:
@@ -120,16 +124,29 @@ def _panel(
     cmap: str,
     same_scale: bool,
     several: bool,
+    seen: str,
 ) -> None:
     values = truth if kind == "measured" and truth is not None else guess
     title = f"{gene} {kind}"
     if kind == "predicted" and truth is not None:
         title += f", r = {_correlation(truth, guess):.2f}"
+    if kind == "predicted" and seen:
+        title += f" ({seen})"
     if several:
         title = f"{place.name}: {title}"
     limits = _limits(truth if same_scale and truth is not None else values)
     stage(ax, place, title=title, image_alpha=0.35)
     draw_values(ax, place, values, cmap=cmap, limits=limits, size=size, label=_SCALE)
+
+
+def _seen(adata: AnnData, key: str) -> dict[str, str]:
+    """Return the libraries that the predictor was fitted on, or whose patient it knew: no test, and marked as such."""
+    record = adata.uns.get(key, {})
+    names = [str(name) for name in record.get("libraries", ())]
+    words: dict[str, str] = {}
+    for entry, word in (("patient_seen_in_training", "patient seen"), ("seen_in_training", "slide seen")):
+        words |= {name: word for name, seen in zip(names, record.get(entry, ()), strict=False) if seen}
+    return words
 
 
 def _limits(values: NDArray[np.float64]) -> tuple[float, float]:

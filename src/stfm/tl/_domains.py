@@ -10,7 +10,7 @@ from stfm._errors import InputError, MissingKeyError, WrongTypeError
 from stfm._keys import DOMAIN, EMBEDDING, NICHE, SPATIAL
 from stfm._palette import category_colors
 from stfm._provenance import record
-from stfm._validate import check_choice, check_count, did_you_mean
+from stfm._validate import check_choice, check_count, check_key, did_you_mean
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -105,6 +105,7 @@ def spatial_domains(
     from stfm.inference.rings import ring_means
     from stfm.slide.from_anndata import target
 
+    check_key("key_added", key_added)
     refinement = _refinement(refine)
     check_count("smooth_rings", smooth_rings, minimum=0)
     embedding = _embedding(adata, use_rep)

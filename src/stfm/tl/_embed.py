@@ -11,7 +11,7 @@ import numpy as np
 from stfm._errors import InputError, MissingKeyError, StfmWarning, WrongTypeError
 from stfm._keys import EMBEDDING, PARTS, SPATIAL, part_key
 from stfm._provenance import record
-from stfm._validate import check_choice, check_count, did_you_mean
+from stfm._validate import check_choice, check_count, check_key, did_you_mean
 from stfm.inference.device import resolve_device
 from stfm.inference.features import use_frozen_features
 from stfm.inference.stream import embed_slides
@@ -106,6 +106,7 @@ def embed(
     >>> adata.obsm["X_stfm"].shape
     (60, 128)
     """
+    check_key("key_added", key_added)
     check_count("batch_size", batch_size)
     check_choice("precision", precision, ("fp32", "bf16"))
     resolve_device(device)

@@ -10,10 +10,11 @@ import numpy as np
 from stfm._errors import InputError, WrongTypeError
 from stfm._keys import PREDICTED, SPATIAL
 from stfm._provenance import record
-from stfm._validate import check_choice
+from stfm._validate import check_choice, check_key
 from stfm.inference.expression import METHODS, RANKS, ExpressionPredictor
 from stfm.inference.expression_slides import SlideFeatures, fit_on_slides, nearest_genes, predict_slide
 from stfm.slide.read import as_slides
+from stfm.tl._seen import exposure
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -119,7 +120,8 @@ def predict_expression(
     -------
     None, or with ``copy=True`` the new object. Written are
     ``obsm[key_added]`` (DataFrame ``(n, g)`` float32, a column a gene, ``log1p(1e4 c / sum c)``, not clipped) and
-    ``uns[key_added]`` (scale, how the predictor was fitted, what it saw).
+    ``uns[key_added]`` (scale, how the predictor was fitted, what it saw; ``libraries`` and, a bool for each of them,
+    ``seen_in_training`` and ``patient_seen_in_training``).
 
     Raises
     ------
@@ -129,6 +131,12 @@ def predict_expression(
     MissingKeyError
         No such encoder, column or folder.
 
+    Warns
+    -----
+    StfmWarning
+        ``adata`` has counts, and a slide or patient of it was among those that the predictor, or the model behind its
+        features, was fitted on: a correlation with these counts is no test.
+
     Examples
     --------
     >>> sf.tl.predict_expression(slide, reference=[c2, c3, c4])  # doctest: +SKIP
@@ -137,6 +145,7 @@ def predict_expression(
     from stfm.slide.from_anndata import target
 
     _check_adata(adata)
+    check_key("key_added", key_added)
     if (reference is None) == (model is None):
         msg = "give either reference= (slides with H&E and counts to learn from) or model= (a fitted predictor)."
         raise InputError(msg)
@@ -155,6 +164,9 @@ def predict_expression(
     else:
         fitted, source = _resolve(model)
     columns = _columns(fitted, genes if reference is None else None)
+    seen = exposure(targets, fitted.seen, getattr(features, "seen", None))
+    if adata.X is not None and adata.n_vars:  # measured: somebody may correlate
+        seen.warn(stacklevel=2)
     extractor = SlideFeatures.like(
         fitted.features, features, weights=weights, batch_size=batch_size, device=device, cache=cache
     )
@@ -166,6 +178,7 @@ def predict_expression(
     written.uns[key_added] = {
         "scale": SCALE, "source": source, "model": record(dict(fitted.choice)),
         "features": record(dict(fitted.features)), "seen": record(dict(fitted.seen)),
+        **record(seen.to_dict()),
     }  # fmt: skip
     return written if copy else None
 
