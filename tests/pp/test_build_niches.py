@@ -213,6 +213,7 @@ class TestBadInput:
             ({"n_neighbors": None}, "pass radius="),
             ({"radius": 0}, "radius must be a finite number greater than 0"),
             ({"ties": "random"}, "ties='random' is unknown"),
+            ({"key_added": ""}, "key_added is empty"),
         ],
     )
     def test_arguments(self, options, message):
@@ -271,13 +272,50 @@ class TestDefined:
 
     def test_duplicates_and_isolated(self):
         coords = np.array([[0.0, 0], [0, 0], [0, 0], [1, 0], [90, 90]])
-        adata = make(coords)
+        adata = make(coords, library_id="a")
         sf.pp.build_niches(adata, 2, radius=5.0)
         table = sf.get.niche_table(adata)
         assert table.index.tolist() == [[1, 2], [0, 2], [0, 1], [0, 1], [-1, -1]]
         assert table.distance[0].tolist() == [0, 0]
         mean = sf.slide.niches.niche_mean(adata.X, table)
         np.testing.assert_array_equal(mean[4], adata.X[4].toarray()[0])
+
+    def test_sections_laid_over_each_other_are_told(self):
+        coords = np.concatenate([scattered(30)] * 2)
+        with pytest.warns(StfmWarning, match="60 of 60 spots lie exactly on another.*library_key=") as told:
+            sf.pp.build_niches(make(coords), include_self=True)
+        assert len(told) == 1
+        sf.pp.build_niches(make(coords, section=["a"] * 30 + ["b"] * 30))
+        sf.pp.build_niches(make(coords, library_id="one"))  # said to be one library: believed
+
+    def test_a_few_spots_at_one_place_are_rounding(self):
+        coords = scattered(300)
+        coords[7] = coords[8]
+        sf.pp.build_niches(make(coords))
+
+    def test_patients_are_told_apart(self):
+        patients = ["P1"] * 30 + ["P2"] * 30
+        with pytest.warns(StfmWarning, match=r"several patients.*'slide' \(2 patients\).*library_key="):
+            sf.pp.build_niches(make(scattered(), patient=patients))
+        sf.pp.build_niches(make(scattered(), patient=patients, library_id=patients))
+        sf.pp.build_niches(make(scattered(), patient="P1"))
+        with pytest.warns(StfmWarning, match=r"'a' \(2 patients\)"):
+            sf.pp.build_niches(make(scattered(), patient=patients, library_id=["b"] * 15 + ["a"] * 45))
+
+    @pytest.mark.parametrize("include_self", [False, True])
+    def test_radius_within_which_there_is_nobody(self, include_self):
+        adata = make(hexagons())
+        with pytest.warns(StfmWarning, match=r"No spot has a neighbour within radius=20 µm: every niche is empty"):
+            sf.pp.build_niches(adata, 6, radius=20.0, include_self=include_self)
+        assert (sf.get.niche_table(adata).degree == int(include_self)).all()
+        sf.pp.build_niches(adata, 6, radius=101.0, include_self=include_self)
+
+    @pytest.mark.parametrize("n", [2, 40])
+    def test_all_spots_at_one_place(self, n):
+        adata = make(np.concatenate([scattered(20), np.full((n, 2), 3.5)]), section=["a"] * 20 + ["b"] * n)
+        with pytest.raises(InputError, match=rf"Library 'b': all {n} spots lie at one place \(3.5, 3.5\)"):
+            sf.pp.build_niches(adata, 1)
+        assert untouched(adata)
 
     def test_same_again(self):
         adata = make(scattered())

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from stfm import _provenance
-from stfm._errors import StfmWarning
-from stfm._keys import NICHE, SPATIAL, niche_keys
+from stfm._errors import InputError, StfmWarning
+from stfm._keys import NICHE, PATIENT, SPATIAL, niche_keys
 from stfm._logging import get_logger
-from stfm.slide.from_anndata import Library, coordinates, libraries, scale_of, target
+from stfm._validate import check_key
+from stfm.slide.from_anndata import Library, coordinates, libraries, library_column, scale_of, target
 from stfm.slide.niches import Request, find_niches
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 _logger = get_logger(__name__)
 _SCALE_SPOTS = 1000  # spots around the middle that show the lattice of a library
+_OVERLAP = 0.01  # more spots than that on top of another are no rounding but sections laid over each other
 
 
 def build_niches(
@@ -95,12 +97,14 @@ def build_niches(
     MissingKeyError
         There is no ``obsm[spatial_key]`` or no column ``library_key``.
     InputError
-        There are no spots, coordinates are nan, or an argument is out of range.
+        There are no spots, coordinates are nan or all at one place, or an argument is out of range.
 
     Warns
     -----
     StfmWarning
-        A library has no more than ``n_neighbors`` spots; ``adata`` is a view.
+        A library has no more than ``n_neighbors`` spots, or spots of several patients; no column names the library and
+        spots lie on top of each other, as those of several sections do; ``radius`` leaves every spot alone; ``adata``
+        is a view.
 
     Examples
     --------
@@ -114,9 +118,11 @@ def build_niches(
     --------
     stfm.get.niche_table : the niches as arrays.
     """
+    check_key("key_added", key_added)
     request = Request(n_neighbors, radius, ties, tie_tolerance)
     coords = coordinates(adata, spatial_key)
     found = libraries(adata, library_key)
+    _check_spread(coords, found)
     mpp = _scales(adata, coords, found)
     table, tolerances = find_niches(
         coords,
@@ -140,7 +146,13 @@ def build_niches(
         "mpp": mpp,
         "tie_tolerance": tolerances,
     }
-    _tell(found, n_neighbors, 0 if radius is None else int((table.degree == 0).sum()))
+    _tell_patients(adata, found)
+    if library_column(adata, library_key) is None:
+        _tell_overlap(table, include_self=include_self)
+    if n_neighbors is not None:
+        _tell_small(found, n_neighbors)
+    if radius is not None:
+        _tell_isolated(table, radius, str(params["unit"]), include_self=include_self)
     return _write(adata, table, params, key_added, copy=copy)
 
 
@@ -164,13 +176,57 @@ def _middle(library: Library, coords: NDArray[np.float64]) -> Library:
     some = xy[:: max(1, n // 20_000)]
     center = np.median(some, axis=0)
     reach = np.quantile(np.abs(some - center).max(axis=1), _SCALE_SPOTS / n)
-    near = (np.abs(xy[:, 0] - center[0]) <= reach) & (np.abs(xy[:, 1] - center[1]) <= reach)
+    near = np.flatnonzero((xy[:, 0] >= center[0] - reach) & (xy[:, 0] <= center[0] + reach))
+    near = near[np.abs(xy[near, 1] - center[1]) <= reach]
     return Library(library.name, library.rows[near])
 
 
-def _tell(found: list[Library], n_neighbors: int | None, empty: int) -> None:
-    """Warn of libraries that are too small, log what a radius left empty."""
-    small = [library for library in found if n_neighbors is not None and len(library.rows) <= n_neighbors]
+def _check_spread(coords: NDArray[np.float64], found: list[Library]) -> None:
+    """Refuse a library whose spots all lie at one place: its coordinates were never filled in."""
+    for library in found:
+        if len(library.rows) > 1:
+            own = coords[library.rows] if len(library.rows) < len(coords) else coords
+            if (own[0] == own[-1]).all() and (own == own[0]).all():
+                place = ", ".join(f"{value:g}" for value in own[0])
+                msg = (
+                    f"Library {library.name!r}: all {len(own)} spots lie at one place ({place}), so that none is near "
+                    "and none is far; fill in their coordinates."
+                )
+                raise InputError(msg)
+
+
+def _tell_patients(adata: AnnData, found: list[Library]) -> None:
+    """Warn of libraries that hold spots of several patients, which are no neighbours."""
+    if PATIENT not in adata.obs:
+        return
+    patients = adata.obs[PATIENT]
+    several = [(library, patients.iloc[library.rows].nunique()) for library in found]
+    mixed = [f"{library.name!r} ({n} patients)" for library, n in several if n > 1]
+    if mixed:
+        warnings.warn(
+            f"Spots of several patients are taken for one library, and for neighbours: {', '.join(mixed[:3])}. "
+            "Name the column of obs that tells their libraries apart with library_key=.",
+            StfmWarning,
+            stacklevel=3,
+        )
+
+
+def _tell_overlap(table: NicheTable, *, include_self: bool) -> None:
+    """Warn of spots on top of each other where no column says that they are of one section."""
+    nearest = table.distance[:, int(include_self) :][:, :1]
+    n = int((nearest == 0).sum())
+    if n > _OVERLAP * table.n_obs:
+        warnings.warn(
+            f"{n} of {table.n_obs} spots lie exactly on another one, and no column of obs names their libraries. If "
+            "these are several sections, they are taken for one: name the column with library_key=.",
+            StfmWarning,
+            stacklevel=3,
+        )
+
+
+def _tell_small(found: list[Library], n_neighbors: int) -> None:
+    """Warn of libraries that are too small."""
+    small = [library for library in found if len(library.rows) <= n_neighbors]
     if small:
         names = ", ".join(f"{library.name!r} ({len(library.rows)} spots)" for library in small[:3])
         warnings.warn(
@@ -179,8 +235,20 @@ def _tell(found: list[Library], n_neighbors: int | None, empty: int) -> None:
             StfmWarning,
             stacklevel=3,
         )
-    if empty:
-        _logger.info("%d spots have no neighbour within the radius; their niche is empty.", empty)
+
+
+def _tell_isolated(table: NicheTable, radius: float, unit: str, *, include_self: bool) -> None:
+    """Warn where a radius leaves every spot alone, log where it leaves some alone."""
+    alone = int((table.degree <= int(include_self)).sum())
+    if alone == table.n_obs > 1:
+        warnings.warn(
+            f"No spot has a neighbour within radius={radius:g} {unit.replace('um', 'µm')}: every niche is empty. "
+            "Give a radius beyond the distance between spots.",
+            StfmWarning,
+            stacklevel=3,
+        )
+    elif alone:
+        _logger.info("%d spots have no neighbour within the radius; their niche is empty.", alone)
 
 
 def _write(

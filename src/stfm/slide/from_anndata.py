@@ -123,7 +123,7 @@ def coordinates(adata: AnnData, spatial_key: str = SPATIAL) -> NDArray[np.float6
 
 def libraries(adata: AnnData, library_key: str | None = None) -> list[Library]:
     """Return the libraries of an object, in the order of their first spots."""
-    column = _library_column(adata, library_key)
+    column = library_column(adata, library_key)
     in_uns = list(_spatial(adata))
     if column is None:
         if len(in_uns) > 1:
@@ -332,7 +332,8 @@ def _niche_table(adata: AnnData, rows: NDArray[np.int64]) -> NicheTable | None:
     return NicheTable.from_csr(connectivities, adata.obsp[keys["distances_key"]][rows][:, rows])
 
 
-def _library_column(adata: AnnData, library_key: str | None) -> str | None:
+def library_column(adata: AnnData, library_key: str | None = None) -> str | None:
+    """Return the column of ``obs`` that names the library of a spot: the one given, or the first of the usual ones."""
     if library_key is not None:
         if library_key not in adata.obs:
             msg = f"adata.obs has no column {library_key!r}. {did_you_mean(library_key, map(str, adata.obs.columns))}"

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from stfm.encoders.base import ImageEncoder
     from stfm.models.base import Model
     from stfm.slide.slide import Slide
+    from stfm.tl._seen import Exposure
 
 __all__ = ["fit_expression", "predict_expression"]
 
@@ -175,11 +176,7 @@ def predict_expression(
         values[slide.rows] = predict_slide(fitted, slide, extractor)[:, columns]
     written = target(adata, copy=copy)
     written.obsm[key_added] = _frame(values, written, [fitted.genes[i] for i in columns])
-    written.uns[key_added] = {
-        "scale": SCALE, "source": source, "model": record(dict(fitted.choice)),
-        "features": record(dict(fitted.features)), "seen": record(dict(fitted.seen)),
-        **record(seen.to_dict()),
-    }  # fmt: skip
+    written.uns[key_added] = _describe(fitted, source, seen)
     return written if copy else None
 
 
@@ -326,6 +323,18 @@ def _columns(fitted: ExpressionPredictor, genes: str | Sequence[str] | None) -> 
         msg = f"the predictor has no gene {absent[0]!r}. {nearest_genes(str(absent[0]), fitted.genes)}"
         raise InputError(msg)
     return [place[gene] for gene in genes]
+
+
+def _describe(fitted: ExpressionPredictor, source: str, seen: Exposure) -> dict[str, Any]:
+    """Say how the prediction was made, and what of the target was seen in training."""
+    return {
+        "scale": SCALE,
+        "source": source,
+        "model": record(dict(fitted.choice)),
+        "features": record(dict(fitted.features)),
+        "seen": record(dict(fitted.seen)),
+        **record(seen.to_dict()),
+    }
 
 
 def _frame(values: Any, adata: AnnData, genes: Sequence[str]) -> pd.DataFrame:
