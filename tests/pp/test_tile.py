@@ -15,7 +15,7 @@ from scipy import sparse
 import stfm as sf
 from stfm._settings import settings
 from stfm.errors import DataIntegrityError, InputError, MissingKeyError, StfmWarning, WrongTypeError
-from stfm.pp._tissue import otsu, tissue_mask
+from stfm.pp._tissue import exchanged_on_array, otsu, tissue_mask
 from stfm.slide import as_slides
 
 MPP = 0.5
@@ -233,6 +233,42 @@ def test_swapped_coordinates_warn_by_overlap_with_tissue():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         sf.pp.tile(adata, **options)
+
+
+@pytest.mark.parametrize("layout", ["visium", "st"])
+def test_swapped_coordinates_of_a_nearly_square_slide_warn_by_the_array(layout: str):
+    adata = sf.datasets.toy(n_spots=150, layout=layout, mpp=4.0)
+    adata.uns["spatial"]["section_1"]["images"]["hires"] = np.full((1600, 1600, 3), 240, np.uint8)  # room both ways
+    sf.pp.tile(adata, copy=True)  # warnings are errors
+    adata.obsm["spatial"] = adata.obsm["spatial"][:, ::-1].copy()
+    with pytest.warns(StfmWarning, match=r"x grows with obs\['array_row'\].*as if x and y were exchanged") as told:
+        sf.pp.tile(adata, copy=True)
+    assert len(told) == 1
+    adata.obs.loc[adata.obs_names[:2], ["array_row", "array_col"]] = np.nan
+    with pytest.warns(StfmWarning, match="x grows with"):
+        sf.pp.tile(adata)
+
+
+def test_a_turned_slide_is_no_exchange():
+    row, column = (part.ravel().astype(float) for part in np.mgrid[:9, :12])
+    xy, positions = np.column_stack([100 * column, 100 * row]), np.column_stack([column, row])
+    for quarter in range(4):
+        assert not exchanged_on_array(xy, positions), quarter
+        assert exchanged_on_array(xy[:, ::-1], positions) == (quarter % 2 == 0)
+        xy = np.column_stack([-xy[:, 1], xy[:, 0]])
+    assert not exchanged_on_array(np.random.default_rng(0).random(xy.shape), positions)  # explained by nothing
+    assert not exchanged_on_array(xy, positions * [1, 0])
+    assert not exchanged_on_array(xy * [1, 0], positions)
+    assert not exchanged_on_array(xy[:2], positions[:2])
+
+
+@pytest.mark.parametrize("section", ["dlpfc_151673", "dlpfc_151675", "her2st_B4", "her2st_C2", "her2st_G2", "mob_1"])
+def test_real_arrays_lie_under_their_spots(shared_data, section: str):
+    adata = ad.read_h5ad(shared_data / "h5ad" / f"{section}.h5ad", backed="r")
+    xy, positions = adata.obsm["spatial"], adata.obs[["array_col", "array_row"]].to_numpy(float)
+    assert not exchanged_on_array(xy, positions)
+    assert exchanged_on_array(xy[:, ::-1], positions)
+    adata.file.close()
 
 
 def test_scale_not_known_names_mpp():

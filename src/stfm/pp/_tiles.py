@@ -15,8 +15,17 @@ from stfm._keys import SPATIAL, TILES, UNS
 from stfm._logging import get_logger
 from stfm._provenance import record
 from stfm._validate import check_count, check_positive, did_you_mean
-from stfm.pp._tissue import on_tissue, tissue_mask
-from stfm.slide.from_anndata import Library, coordinates, find_image, libraries, scale_of, target, tile_record
+from stfm.pp._tissue import exchanged_on_array, on_tissue, tissue_mask
+from stfm.slide.from_anndata import (
+    Library,
+    array_positions,
+    coordinates,
+    find_image,
+    libraries,
+    scale_of,
+    target,
+    tile_record,
+)
 from stfm.slide.readers import keep_array, open_image, thumbnail
 from stfm.slide.tiles import TileReader
 from stfm.slide.units import Scale, default_tile_um
@@ -105,7 +114,8 @@ def tile(
     Warns
     -----
     StfmWarning
-        Lattice and ``spot_diameter_fullres`` contradict each other; more spots lie on tissue with x and y exchanged.
+        Lattice and ``spot_diameter_fullres`` contradict each other; x and y seem to be exchanged: more spots lie on
+        tissue the other way round, or x runs along ``obs["array_row"]`` and y along ``obs["array_col"]``.
     """
     if not isinstance(adata, AnnData):
         msg = f"adata must be AnnData, got {type(adata).__name__}."
@@ -127,7 +137,7 @@ def tile(
             own_mpp = float(earlier["mpp"])
         picture, picture_scale = _picture(plain, library, own_image, image_key, own_scale)
         reader, scale = _reader(plain, library, coords, picture, picture_scale, own_mpp, platform)
-        _check_position(reader, library.name)
+        _check_position(reader, library.name, array_positions(adata, library.rows))
         records[library.name] = _describe(library, reader, scale, sizes, picture, own_image, image_key, plain)
     written = target(adata, copy=copy)
     own = dict(written.uns.get(UNS, {}))
@@ -196,7 +206,7 @@ def _reader(
     return TileReader(source, coords[library.rows, :2], scale.mpp, image_scale=image_scale), scale
 
 
-def _check_position(reader: TileReader, library: str) -> None:
+def _check_position(reader: TileReader, library: str, positions: NDArray[np.float64] | None) -> None:
     """Refuse spots off the image; warn where x and y seem to be exchanged."""
     height, width = reader.source.shape
     exchanged = reader.centers[:, ::-1]
@@ -211,22 +221,35 @@ def _check_position(reader: TileReader, library: str) -> None:
         if ((exchanged >= 0) & (exchanged < (width, height))).all():
             msg += " With x and y exchanged all lie on it: adata.obsm['spatial'] must be (x, y), not (row, column)."
         raise InputError(msg)
-    if reader.n_obs < _SWAP_MIN_SPOTS:
-        return
+    if reader.n_obs >= _SWAP_MIN_SPOTS:
+        signs = [_by_tissue(reader), _by_array(reader, positions)]
+        if told := " and ".join(sign for sign in signs if sign):
+            msg = (
+                f"Library {library!r}: {told}; adata.obsm['spatial'] must be (x, y), not (row, column). If so: "
+                "adata.obsm['spatial'] = adata.obsm['spatial'][:, ::-1]."
+            )
+            warnings.warn(msg, StfmWarning, stacklevel=3)
+
+
+def _by_tissue(reader: TileReader) -> str:
+    """Say that more spots lie on tissue with x and y exchanged, if they do."""
     picture, factor = thumbnail(reader.source)
     mask = tissue_mask(picture)
     if mask is None:
-        return
-    given, other = (on_tissue(mask, xy * factor) for xy in (reader.centers, exchanged))
+        return ""
+    given, other = (on_tissue(mask, xy * factor) for xy in (reader.centers, reader.centers[:, ::-1]))
     gained, lost = int((other & ~given).sum()), int((given & ~other).sum())
     # a sign test on the spots that change sides, so that an outline that looks the same both ways stays silent
-    if gained - lost > max(_SWAP_GAIN * reader.n_obs, _SWAP_SIGMA * (gained + lost) ** 0.5):
-        msg = (
-            f"Library {library!r}: {given.mean():.0%} of the spots lie on tissue, {other.mean():.0%} with x and y "
-            "exchanged; adata.obsm['spatial'] must be (x, y), not (row, column). If so: "
-            "adata.obsm['spatial'] = adata.obsm['spatial'][:, ::-1]."
-        )
-        warnings.warn(msg, StfmWarning, stacklevel=3)
+    if gained - lost <= max(_SWAP_GAIN * reader.n_obs, _SWAP_SIGMA * (gained + lost) ** 0.5):
+        return ""
+    return f"{given.mean():.0%} of the spots lie on tissue, {other.mean():.0%} with x and y exchanged"
+
+
+def _by_array(reader: TileReader, positions: NDArray[np.float64] | None) -> str:
+    """Say that x runs along array_row and y along array_col, if they do; an outline may look the same both ways."""
+    if positions is None or not exchanged_on_array(reader.centers, positions):
+        return ""
+    return "x grows with obs['array_row'] and y with obs['array_col'], as if x and y were exchanged"
 
 
 def _describe(

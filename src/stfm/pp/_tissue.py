@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _MIN_CHROMA = 12  # Otsu levels below this split noise, not tissue from glass
+_ON_ARRAY = 0.9  # share of the variance of the coordinates that positions on the array explain, where they are of use
 
 
 def tissue_mask(picture: NDArray[np.uint8]) -> NDArray[np.bool_] | None:
@@ -50,3 +51,28 @@ def on_tissue(mask: NDArray[np.bool_], xy: NDArray[np.float64]) -> NDArray[np.bo
     found = np.zeros(len(xy), np.bool_)
     found[inside] = mask[row[inside], col[inside]]
     return found
+
+
+def exchanged_on_array(xy: NDArray[np.float64], positions: NDArray[np.float64]) -> bool:
+    """Whether x runs along the rows of the array and y along its columns, as after an exchange of x and y.
+
+    A slide that was scanned turned by 90 degrees has one of them run backwards; an exchange, which is a reflection, has
+    both run forwards or both backwards. A turned slide therefore does not count.
+
+    Parameters
+    ----------
+    xy
+        Coordinates ``(n, 2)``.
+    positions
+        Column and row of the spots on the array ``(n, 2)``.
+    """
+    known = np.isfinite(positions).all(axis=1)
+    centred, steps = (part[known] - part[known].mean(axis=0) for part in (xy, positions))
+    if len(steps) < 3 or np.linalg.matrix_rank(steps) < 2:
+        return False
+    slopes = np.linalg.lstsq(steps, centred, rcond=None)[0]  # (column, row) x (x, y)
+    spread = centred.var(axis=0)
+    if (spread == 0).any() or ((centred - steps @ slopes).var(axis=0) > (1 - _ON_ARRAY) * spread).any():
+        return False
+    across = slopes[1, 0] * slopes[0, 1]  # x by row, y by column
+    return bool(across > abs(slopes[0, 0] * slopes[1, 1]))

@@ -173,7 +173,7 @@ def scale_of(
             metadata_mpp=_number(factors.get("microns_per_pixel", metadata.get("mpp")), None),
             spot_diameter_px=_number(factors.get("spot_diameter_fullres"), None),
             platform=platform or metadata.get("platform"),
-            array_positions=_array_positions(adata, library.rows),
+            array_positions=array_positions(adata, library.rows),
         )
     except InputError:
         if mpp is not None:
@@ -304,7 +304,7 @@ def _slide(
     )
 
 
-def _array_positions(adata: AnnData, rows: NDArray[np.int64]) -> NDArray[np.float64] | None:
+def array_positions(adata: AnnData, rows: NDArray[np.int64]) -> NDArray[np.float64] | None:
     """Return column and row of the spots on their array, where the object has them."""
     if not {"array_col", "array_row"} <= set(adata.obs.columns):
         return None
