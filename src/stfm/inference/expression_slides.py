@@ -139,7 +139,7 @@ class SlideFeatures:
 
         model = cast("Model", self.source)
         inputs = SlideInputs(slide.without("gene"), model.inputs, model.vocabulary)
-        if self.cache or model.inputs.centre:
+        if self.cache or "image" in model.inputs.centre:
             use_frozen_features(model, [inputs], device=self.device, cache=self.cache)
         (parts,) = embed_slides(model, [inputs], batch_size=self.batch_size, device=self.device)
         taken = [parts[name] for name in ("image", "niche") if name in parts] or [parts["joint"]]

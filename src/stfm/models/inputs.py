@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,7 @@ from stfm._errors import InputError
 from stfm.nn.batch import Batch
 from stfm.slide.genes import GeneMatch, Vocabulary, log_normalise, match_genes
 from stfm.slide.niches import NicheTable, niche_mean
+from stfm.slide.windows import window_table
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -36,12 +37,17 @@ class InputSpec:
         Sides of the tiles in px; None where the model reads no such tile.
     spot_um, niche_um
         Sides of the tiles in µm; None takes the slide's own (diameter of the spot; square that holds its niche).
+    contexts_um
+        Sides in µm of several tiles around a spot, all shown at ``spot_px``, in place of the one of ``spot_um``.
+    window
+        Spots in the window around a spot that is read with it; None reads spots by themselves.
     counts, niche_counts
         Whether the model reads the spot's counts and those of its niche.
     n_neighbors, include_self, ties
         The niche, where the slide has no table of its own (``pp.build_niches`` explains the options).
     centre
-        Subtract the slide's mean from log counts and frozen features (shifts of batch and stain).
+        Of what the slide's mean is subtracted (shifts of batch and stain): ``"gene"``, log counts; ``"image"``, frozen
+        features.
     min_fraction
         Smallest share of genes that must match the model's vocabulary.
     """
@@ -50,12 +56,14 @@ class InputSpec:
     niche_px: int | None = 224
     spot_um: float | None = None
     niche_um: float | None = None
+    contexts_um: tuple[float, ...] = ()
+    window: int | None = None
     counts: bool = True
     niche_counts: bool = True
     n_neighbors: int = 3
     include_self: bool = False
     ties: str = "index"
-    centre: bool = False
+    centre: tuple[str, ...] = ()
     min_fraction: float = 0.2
 
     @property
@@ -67,6 +75,11 @@ class InputSpec:
     def gene(self) -> bool:
         """Whether the model reads counts."""
         return self.counts or self.niche_counts
+
+    @property
+    def reads_niches(self) -> bool:
+        """Whether the model reads the niche of a spot; one that reads windows alone needs no table of niches."""
+        return self.niche_counts or self.niche_px is not None or self.window is None
 
 
 class SlideInputs:
@@ -142,13 +155,31 @@ class SlideInputs:
             raise InputError(msg)
         return built.niches
 
+    @cached_property
+    def windows(self) -> NDArray[np.int32]:
+        """The window of every spot, ``(n, spec.window)``, the spot itself first, -1 where there is none."""
+        return window_table(self.slide.coords, self.spec.window or 1, name=f"slide {self.slide.name!r}")
+
     def batch(self, indices: NDArray[np.int64]) -> Batch:
-        """Return the spots at some positions of the slide as a batch of CPU tensors."""
+        """Return the spots at some positions of the slide, or the windows around them, as a batch of CPU tensors."""
         index = np.asarray(indices, dtype=np.int64)
+        if self.spec.window is None:
+            return self._spots(index)
+        table = self.windows[index]
+        there = table >= 0
+        # A spot of several windows is read and encoded once.
+        spots, place = np.unique(table[there], return_inverse=True)
+        local = np.full(table.shape, -1, dtype=np.int64)
+        local[there] = place
+        return replace(self._spots(spots.astype(np.int64)), window=torch.from_numpy(local))
+
+    def _spots(self, index: NDArray[np.int64]) -> Batch:
         spot_features, spot_tiles = self._image(index, "spot")
         niche_features, niche_tiles = self._image(index, "niche")
         counts = self.expression(index) if self.has_gene and self.spec.counts else None
         niche_counts = self.niche_expression(index) if self.has_gene and self.spec.niche_counts else None
+        totals = self.slide.counts.totals()[index] if counts is not None and self.slide.counts is not None else None
+        niches = self.niches.index[index] if self.spec.reads_niches else None
         return Batch(
             spot_tiles=spot_tiles,
             niche_tiles=niche_tiles,
@@ -156,20 +187,24 @@ class SlideInputs:
             niche_features=niche_features,
             counts=None if counts is None else torch.from_numpy(counts),
             niche_counts=None if niche_counts is None else torch.from_numpy(niche_counts),
+            totals=None if totals is None else torch.from_numpy(np.asarray(totals, dtype=np.float32)),
             gene_mask=self._gene_mask(len(index)),
             xy_um=torch.from_numpy(self.slide.coords[index].astype(np.float32)),
             slide_id=torch.full((len(index),), self.slide_id, dtype=torch.int64),
             index=torch.from_numpy(index),
-            niche_index=torch.from_numpy(self.niches.index[index].astype(np.int64)),
+            niche_index=None if niches is None else torch.from_numpy(niches.astype(np.int64)),
         )
 
     def tiles(self, indices: NDArray[np.int64], level: str) -> NDArray[np.uint8]:
-        """Return ``"spot"`` or ``"niche"`` tiles, uint8 ``(b, px, px, 3)``."""
+        """Return ``"spot"`` or ``"niche"`` tiles, uint8 ``(b, px, px, 3)``; of several contexts ``(b, c, px, px, 3)``."""
         px = self.spec.spot_px if level == "spot" else self.spec.niche_px
         if self.slide.tiles is None or px is None:
             msg = f"slide {self.slide.name!r}: the model or the slide has no {level} tiles."
             raise InputError(msg)
         reader: TileReader = self.slide.tiles
+        if level == "spot" and self.spec.contexts_um:
+            sizes = [reader.read(indices, size_um=size, size_px=px) for size in self.spec.contexts_um]
+            return np.stack(sizes, axis=1)
         return reader.read(indices, size_um=self.tile_um(level), size_px=px)
 
     def expression(self, indices: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -178,12 +213,12 @@ class SlideInputs:
         Where the model asks for it, the mean over the slide is subtracted; so it is of the niches.
         """
         dense = self._expression(indices)
-        return dense - self._mean_expression if self.spec.centre else dense
+        return dense - self._mean_expression if "gene" in self.spec.centre else dense
 
     def niche_expression(self, indices: NDArray[np.int64]) -> NDArray[np.float32]:
         """Return the same of the mean counts of each spot's niche (ST-Align, eq. 2)."""
         dense = self._niche_expression(indices)
-        return dense - self._mean_niche_expression if self.spec.centre else dense
+        return dense - self._mean_niche_expression if "gene" in self.spec.centre else dense
 
     def _expression(self, indices: NDArray[np.int64]) -> NDArray[np.float32]:
         counts, totals = self._counts_of(indices)
@@ -254,9 +289,9 @@ class SlideInputs:
             return None, None
         if features is not None:
             chosen = np.ascontiguousarray(features[index])
-            return torch.from_numpy(chosen - self._mean_features(level) if self.spec.centre else chosen), None
+            return torch.from_numpy(chosen - self._mean_features(level) if "image" in self.spec.centre else chosen), None
         tiles = self.tiles(index, level)
-        return None, torch.from_numpy(tiles).permute(0, 3, 1, 2)
+        return None, torch.from_numpy(tiles).movedim(-1, -3)
 
     def _mean_features(self, level: str) -> NDArray[np.float32]:
         if level not in self._feature_means:
@@ -271,7 +306,7 @@ class SlideInputs:
 
     def _check_sizes(self) -> None:
         for level, px in (("spot", self.spec.spot_px), ("niche", self.spec.niche_px)):
-            if px is not None:
+            if px is not None and not (level == "spot" and self.spec.contexts_um):
                 self.tile_um(level)
 
 
@@ -286,6 +321,9 @@ def collate(parts: list[Batch]) -> Batch:
             joined[name] = _join_masks(parts)
         elif name == "niche_index":
             joined[name] = _join_padded(tensors)
+        elif name == "window":
+            starts = np.cumsum([0, *(part.n_rows for part in parts)])
+            joined[name] = _join_padded([_shifted(t, int(n)) for t, n in zip(tensors, starts[:-1], strict=True)])
         elif all(t is not None for t in tensors):
             joined[name] = torch.cat(tensors)
         else:
@@ -293,16 +331,21 @@ def collate(parts: list[Batch]) -> Batch:
     return Batch(**joined)
 
 
+def _shifted(window: torch.Tensor | None, start: int) -> torch.Tensor | None:
+    """Let a window point to rows of the joined batch."""
+    return None if window is None else torch.where(window >= 0, window + start, window)
+
+
 def _join_masks(parts: list[Batch]) -> torch.Tensor | None:
     if all(part.gene_mask is None for part in parts):
         return None
     width = next(part.gene_mask.shape[1] for part in parts if part.gene_mask is not None)
-    full = [torch.ones(len(p), width, dtype=torch.bool) if p.gene_mask is None else p.gene_mask for p in parts]
+    full = [torch.ones(p.n_rows, width, dtype=torch.bool) if p.gene_mask is None else p.gene_mask for p in parts]
     return torch.cat(full)
 
 
 def _join_padded(tensors: list[torch.Tensor | None]) -> torch.Tensor | None:
-    """Join tables of neighbours of different widths (ties="all"), padded with -1."""
+    """Join tables of neighbours of different widths, padded with -1."""
     present = [t for t in tensors if t is not None]
     if len(present) < len(tensors):
         return None

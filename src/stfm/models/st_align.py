@@ -194,7 +194,7 @@ class STAlign(Model):
             n_neighbors=plan.n_neighbors,
             include_self=plan.include_self,
             ties=plan.ties,
-            centre=plan.centre,
+            centre=("image", "gene") if plan.centre else (),
             min_fraction=plan.min_fraction,
         )
 

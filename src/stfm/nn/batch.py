@@ -13,23 +13,28 @@ if TYPE_CHECKING:
     import torch
 
 _IMAGE = ("spot_tiles", "niche_tiles", "spot_features", "niche_features")
-_GENE = ("counts", "niche_counts", "gene_mask")
+_GENE = ("counts", "niche_counts", "totals", "gene_mask")
 
 
 @dataclass(frozen=True)
 class Batch:
     """A batch of spots; a modality that was not measured is None.
 
+    Where a model reads windows, the rows are all the spots of these windows, each once, and ``window`` says which rows
+    make up which window.
+
     Attributes
     ----------
     spot_tiles, niche_tiles
-        H&E around the spot and around its niche, uint8 ``(b, 3, h, w)``.
+        H&E around the spot and around its niche, uint8 ``(b, 3, h, w)``; of several sizes ``(b, c, 3, h, w)``.
     spot_features, niche_features
         Features of a frozen image encoder, float32 ``(b, f)``; they stand in for the tiles.
     counts
         ``log1p(1e4 c / sum c)`` on the model's vocabulary, float32 ``(b, G)``.
     niche_counts
         The same of the niche's mean counts (ST-Align, eq. 2), float32 ``(b, G)``.
+    totals
+        Counts of the spot over all measured genes, float32 ``(b,)``.
     gene_mask
         Which genes were measured, bool ``(b, G)``; None where all were.
     xy_um
@@ -40,6 +45,8 @@ class Batch:
         Position of the spot in its slide, int64 ``(b,)``.
     niche_index
         Positions of the spot's neighbours in its slide, int64 ``(b, k)``, -1 where there are fewer.
+    window
+        Rows of the batch that lie in each window, its middle first, int64 ``(n_windows, w)``, -1 where there is none.
     """
 
     spot_tiles: Tensor | None = None
@@ -48,13 +55,20 @@ class Batch:
     niche_features: Tensor | None = None
     counts: Tensor | None = None
     niche_counts: Tensor | None = None
+    totals: Tensor | None = None
     gene_mask: Tensor | None = None
     xy_um: Tensor | None = None
     slide_id: Tensor | None = None
     index: Tensor | None = None
     niche_index: Tensor | None = None
+    window: Tensor | None = None
 
     def __len__(self) -> int:
+        return self.n_rows if self.window is None else len(self.window)
+
+    @property
+    def n_rows(self) -> int:
+        """Number of different spots; more than its length where the batch holds windows."""
         return next((len(t) for t in self.tensors().values()), 0)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -77,7 +91,9 @@ class Batch:
         return replace(self, **{k: v.to(device, non_blocking=True) for k, v in self.tensors().items()})
 
     def take(self, index: Tensor) -> Batch:
-        """Return some spots of the batch."""
+        """Return some spots of the batch, or some of its windows."""
+        if self.window is not None:
+            return replace(self, window=self.window[index])
         return replace(self, **{k: v[index] for k, v in self.tensors().items()})
 
     def without(self, *modalities: str) -> Batch:

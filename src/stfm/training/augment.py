@@ -9,6 +9,8 @@ import numpy as np
 import torch
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from stfm.nn.batch import Batch
     from stfm.slide.slide import Slide
     from stfm.training.recipes import Recipe
@@ -81,15 +83,24 @@ def drop_genes(batch: Batch, share: float, rng: np.random.Generator) -> Batch:
 
 def augment(batch: Batch, recipe: Recipe, rng: np.random.Generator) -> Batch:
     """Return a batch with turned tiles, other stains and fewer genes, as the recipe says."""
-    size = len(batch)
+    size = batch.n_rows
     tiles = {name: t for name in ("spot_tiles", "niche_tiles") if (t := getattr(batch, name)) is not None}
     if recipe.flips and tiles:
         which = torch.from_numpy(rng.integers(0, _N_TURNS, size))
-        batch = replace(batch, **{name: turn(t, which) for name, t in tiles.items()})
+        batch = replace(batch, **{name: _each(turn, t, which) for name, t in tiles.items()})
     if recipe.stain_jitter > 0 and tiles:
         scale = torch.from_numpy(rng.uniform(1 - recipe.stain_jitter, 1 + recipe.stain_jitter, (size, 3)))
-        batch = replace(batch, **{name: jitter_stain(getattr(batch, name), scale) for name in tiles})
+        batch = replace(batch, **{name: _each(jitter_stain, getattr(batch, name), scale) for name in tiles})
     return drop_genes(batch, recipe.gene_dropout, rng)
+
+
+def _each(
+    change: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], tiles: torch.Tensor, amount: torch.Tensor
+) -> torch.Tensor:
+    """Change all tiles of a spot alike, be it one ``(b, 3, h, w)`` or several ``(b, c, 3, h, w)``."""
+    if tiles.ndim == 4:
+        return change(tiles, amount)
+    return change(tiles.flatten(0, 1), amount.repeat_interleave(tiles.shape[1], dim=0)).view_as(tiles)
 
 
 def thin_counts(slide: Slide, share: float, rng: np.random.Generator) -> Slide:
