@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import sparse
 
-from stfm.errors import InputError, MissingKeyError
+from stfm.errors import InputError, MissingKeyError, StfmWarning
 from stfm.slide.genes import (
     Panel,
     Vocabulary,
@@ -97,8 +97,24 @@ def test_small_panel_in_large_vocabulary_is_a_full_match():
 
 
 def test_genes_listed_twice_count_once():
-    match = match_genes(Panel(["ACTB", "Actb", "EPCAM"]), Vocabulary(["EPCAM", "ACTB"]))
+    vocabulary = Vocabulary(["EPCAM", "ACTB"])
+    with pytest.warns(StfmWarning, match=r"2 of 5 genes are listed twice or more \('Actb' first\)") as told:
+        match = match_genes(Panel(["ACTB", "Actb", "EPCAM", "KRT8", "epcam"]), vocabulary, min_fraction=0.0)
+    assert len(told) == 1
     assert match.source_index.tolist() == [2, 0]
+
+
+def test_genes_of_one_symbol_and_two_ids_are_two_genes():
+    panel = Panel(["TBCE", "TBCE"], ["ENSG00000116957", "ENSG00000284770"])
+    both = Vocabulary(["TBCE", "TBCE2"], ["ENSG00000116957", "ENSG00000284770"])
+    assert match_genes(panel, both).n_matched == 2  # warnings are errors
+    with pytest.warns(StfmWarning, match="1 of 2 genes are listed twice"):
+        assert match_genes(panel, Vocabulary(["TBCE"])).source_index.tolist() == [0]
+
+
+def test_no_genes():
+    with pytest.raises(InputError, match=r"the data have no genes to match \(n_vars is 0\)"):
+        match_genes(Panel([], species="human"), Vocabulary(["EPCAM"]))
 
 
 def test_take_orders_columns_like_the_vocabulary():

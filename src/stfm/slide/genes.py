@@ -8,6 +8,7 @@ orthologue symbol, that is the upper-cased one, and the report says so.
 from __future__ import annotations
 
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-from stfm._errors import InputError, MissingKeyError
+from stfm._errors import InputError, MissingKeyError, StfmWarning
 from stfm.slide.normalise import check_counts, log_normalise
 
 if TYPE_CHECKING:
@@ -393,14 +394,22 @@ def match_genes(panel: Panel, vocabulary: Vocabulary, *, min_fraction: float = 0
     Raises
     ------
     InputError
-        Less than ``min_fraction`` matched; the message shows genes of either side.
+        Less than ``min_fraction`` matched; the message shows genes of either side. The panel has no genes.
+
+    Warns
+    -----
+    StfmWarning
+        Several columns name one gene; the message says how many are left out.
     """
+    if len(panel) == 0:
+        raise InputError("the data have no genes to match (n_vars is 0); give an object with counts.")
     if not 0 <= min_fraction <= 1:
         raise InputError(f"min_fraction must lie between 0 and 1, not {min_fraction}")
     known = vocabulary.panel
     taken = np.full(len(vocabulary), -1, dtype=np.int64)  # column of the counts for every vocabulary gene
     used = np.zeros(len(panel), dtype=bool)
     routes = []
+    doubled: dict[int, None] = {}  # columns whose gene an earlier one stands for
     for route, sources, targets in (
         ("ensembl id", panel.id_keys, known.id_keys),
         ("symbol", panel.symbol_keys, known.symbol_keys),
@@ -411,8 +420,11 @@ def match_genes(panel: Panel, vocabulary: Vocabulary, *, min_fraction: float = 0
             place = position.get(key, -1) if key else -1
             if place >= 0 and taken[place] < 0 and not used[column]:
                 taken[place], used[column] = column, True
+            elif place >= 0 and not used[column]:
+                doubled[column] = None
         if used.sum() > before:
             routes.append(route)
+    _tell_doubled(panel, [column for column in doubled if not used[column]])
     target_index = np.flatnonzero(taken >= 0)
     smaller = min(len(panel), len(vocabulary))
     note = None
@@ -432,6 +444,17 @@ def match_genes(panel: Panel, vocabulary: Vocabulary, *, min_fraction: float = 0
     if match.n_matched == 0 or match.fraction < min_fraction:
         raise InputError(_mismatch(match, panel, vocabulary, min_fraction))
     return match
+
+
+def _tell_doubled(panel: Panel, columns: list[int]) -> None:
+    """Warn of columns that are left out because an earlier one has their gene."""
+    if columns:
+        name = panel.names[min(columns)] if panel.symbols is None else panel.symbols[min(columns)]
+        msg = (
+            f"{len(columns)} of {len(panel):,} genes are listed twice or more ({str(name)!r} first); of each the first "
+            "column counts, the others are left out. Add their counts up beforehand if they should not be lost."
+        )
+        warnings.warn(msg, StfmWarning, stacklevel=3)
 
 
 def _mismatch(match: GeneMatch, panel: Panel, vocabulary: Vocabulary, min_fraction: float) -> str:
