@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 import stfm
 from stfm.__main__ import main
 from stfm.cli import _doctor, _inputs, app
-from stfm.errors import InputError, MissingKeyError
+from stfm.errors import DataIntegrityError, InputError, MissingKeyError
 
 runner = CliRunner()
 ROOT = Path(__file__).resolve().parents[1]
@@ -83,9 +83,64 @@ def test_wrong_slide_names():
         _inputs.open_slide("her2st:C22")
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("t.png", r"t\.png is no \.h5ad file\. .*a picture has no counts; it is given with --image"),
+        ("README.md", r"README\.md is no \.h5ad file\. A slide is an \.h5ad file or a data set such as toy"),
+        ("absent.csv", r"absent\.csv is neither there nor an \.h5ad file"),
+        ("folder", r"folder is a folder\."),
+        ("some/where", r"some/where is neither there"),
+    ],
+)
+def test_files_that_are_no_slides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, message: str):
+    monkeypatch.chdir(tmp_path)
+    for there in ("t.png", "README.md"):
+        (tmp_path / there).write_text("x")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(InputError, match=message):
+        _inputs.open_slide(name)
+
+
+def test_damaged_slides(tmp_path: Path):
+    (tmp_path / "text.h5ad").write_text("not HDF5")
+    with pytest.raises(DataIntegrityError, match=r"text\.h5ad is not an \.h5ad file"):
+        _inputs.open_slide(str(tmp_path / "text.h5ad"))
+    stfm.datasets.toy(n_spots=20, image=False).write_h5ad(tmp_path / "whole.h5ad")
+    whole = (tmp_path / "whole.h5ad").read_bytes()
+    (tmp_path / "short.h5ad").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataIntegrityError, match=r"short\.h5ad cannot be read as \.h5ad"):
+        _inputs.open_slide(str(tmp_path / "short.h5ad"))
+
+
 def test_wrong_output_is_refused_before_any_work(tmp_path: Path):
     with pytest.raises(InputError, match=r"must name a \.h5ad file"):
         _inputs.check_output(tmp_path / "result.csv", suffix=".h5ad")
+    (tmp_path / "a.h5ad").mkdir()
+    with pytest.raises(InputError, match="is a folder; name the"):
+        _inputs.check_output(tmp_path / "a.h5ad", suffix=".h5ad")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="is a file; name a folder"):
+        _inputs.check_folder(tmp_path / "file")
+    for check in (lambda: _inputs.check_folder(tmp_path / "file" / "b"), lambda: _output(tmp_path / "file" / "b.h5ad")):
+        with pytest.raises(InputError, match=r"cannot be written: .*file is a file"):
+            check()
+    assert _output(tmp_path / "new" / "b.h5ad") == tmp_path / "new" / "b.h5ad"
+    assert not (tmp_path / "new").exists()  # made when there is something to write
+
+
+def _output(path: Path) -> Path:
+    return _inputs.check_output(path, suffix=".h5ad")
+
+
+def test_output_in_a_folder_that_was_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("stfm.tl.embed", lambda *_args, **_options: None)
+    slide, out = tmp_path / "s.h5ad", tmp_path / "new" / "sub" / "o.h5ad"
+    stfm.datasets.toy(n_spots=20, image=False).write_h5ad(slide)
+    result = runner.invoke(app, ["embed", str(slide), "--model", "m", "--out", str(out)])
+    assert result.exit_code == 0
+    assert result.stderr.splitlines() == [f"made the folder {out.parent}", f"saved {out}"]
+    assert out.is_file()
 
 
 def test_an_error_is_one_line_on_stderr(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from stfm import _logging
 from stfm._errors import InputError
-from stfm._validate import check_choice
+from stfm._validate import check_choice, did_you_mean
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _TRUE = {"1", "true", "yes", "on"}
 _DEVICES = ("auto", "cpu", "cuda", "mps")
+_NAMES = ("cache_dir", "offline", "mirror", "device", "verbosity")
 
 
 class Settings:
@@ -41,6 +42,13 @@ class Settings:
         self._mirror: str | None = None
         self._device = "auto"
         self._verbosity = 1
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuse a name that is no setting, which would be taken and never read."""
+        if name.removeprefix("_") not in _NAMES:
+            msg = f"There is no setting {name!r}. {did_you_mean(name, _NAMES)}"
+            raise InputError(msg)
+        super().__setattr__(name, value)
 
     @property
     def cache_dir(self) -> Path:
@@ -102,9 +110,8 @@ class Settings:
     @contextmanager
     def override(self, **values: Any) -> Iterator[Settings]:
         """Change settings inside a ``with`` block, and put the old ones back after it."""
-        known = {"cache_dir", "offline", "mirror", "device", "verbosity"}
-        if unknown := sorted(set(values) - known):
-            msg = f"There is no setting {unknown[0]!r}. There are: {', '.join(sorted(known))}."
+        if unknown := sorted(set(values) - set(_NAMES)):
+            msg = f"There is no setting {unknown[0]!r}. {did_you_mean(unknown[0], _NAMES)}"
             raise InputError(msg)
         before = {name: getattr(self, f"_{name}") for name in values}
         try:
@@ -116,8 +123,7 @@ class Settings:
                 setattr(self, f"_{name}", value)
 
     def __repr__(self) -> str:
-        names = ("cache_dir", "offline", "mirror", "device", "verbosity")
-        return "\n".join(f"{name} = {getattr(self, name)!r}" for name in names)
+        return "\n".join(f"{name} = {getattr(self, name)!r}" for name in _NAMES)
 
 
 settings = Settings()

@@ -42,6 +42,13 @@ def test_override_puts_values_back_even_after_an_error():
     assert settings.cache_dir == before
 
 
+@pytest.mark.parametrize(("name", "meant"), [("cache", "cache_dir"), ("ofline", "offline"), ("Device", "device")])
+def test_an_unknown_setting_is_refused(name, meant):
+    with pytest.raises(InputError, match=f"no setting '{name}'. Did you mean.*'{meant}'"):
+        setattr(settings, name, "x")
+    assert not hasattr(settings, name)
+
+
 def test_override_refuses_an_unknown_setting():
     with pytest.raises(InputError, match="no setting 'cache'"), settings.override(cache="x"):
         pass

@@ -5,16 +5,25 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stfm.cli._inputs import check_output, open_slide
+from stfm.cli._inputs import check_folder, check_output, make_folder, open_slide
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from anndata import AnnData
 
 
 def _say(text: str) -> None:
     from rich.console import Console
 
     Console(stderr=True, soft_wrap=True).print(text, markup=False, highlight=False)
+
+
+def _save(adata: AnnData, out: Path) -> None:
+    if made := make_folder(out.parent):
+        _say(made)
+    adata.write_h5ad(out)
+    _say(f"saved {out}")
 
 
 def train(
@@ -30,6 +39,7 @@ def train(
     """Train a model on slides and save it as one folder."""
     from stfm import tl
 
+    check_folder(out)
     data = [open_slide(name) for name in slides]
     trained = tl.train(data, model, epochs=epochs, library_key=library_key, layer=layer, rng=seed)
     trained.save(out)
@@ -49,11 +59,10 @@ def embed(
     """Write the embedding of every spot and save the slide."""
     from stfm import tl
 
-    adata = open_slide(slide)
     check_output(out, suffix=".h5ad")
+    adata = open_slide(slide)
     tl.embed(adata, model, library_key=library_key, layer=layer, image=image, mpp=mpp)
-    adata.write_h5ad(out)
-    _say(f"saved {out}")
+    _save(adata, out)
 
 
 def predict(
@@ -70,12 +79,11 @@ def predict(
     """Predict expression from H&E alone and save the slide."""
     from stfm import models, tl
 
+    check_output(out, suffix=".h5ad")
     adata = open_slide(slide)
     known = [open_slide(name) for name in reference]
-    check_output(out, suffix=".h5ad")
     source = models.load(features) if Path(features).is_dir() else features
     tl.predict_expression(
         adata, reference=known, features=source, genes=genes or None, layer=layer, image=image, mpp=mpp
     )
-    adata.write_h5ad(out)
-    _say(f"saved {out}")
+    _save(adata, out)

@@ -76,11 +76,12 @@ def run(dataset: str, *, out: Path, seed: int) -> Report:
 
 @contextmanager
 def _step(name: str, seconds: dict[str, float], console: Console) -> Iterator[None]:
-    console.print(f"{name} ...", end="", markup=False, highlight=False)
+    # whole lines: a warning or an error may follow at any time
+    console.print(f"{name} ...", markup=False, highlight=False)
     started = time.perf_counter()
     yield
     seconds[name] = time.perf_counter() - started
-    console.print(f" {seconds[name]:.1f} s", highlight=False)
+    console.print(f"  {seconds[name]:.1f} s", highlight=False)
 
 
 def prepare(tissue: Tissue) -> None:

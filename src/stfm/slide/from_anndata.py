@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import anndata
+import h5py
 import numpy as np
 from anndata import AnnData
 
-from stfm._errors import InputError, MissingKeyError, StfmWarning, WrongTypeError
+from stfm._errors import DataIntegrityError, InputError, MissingKeyError, StfmWarning, WrongTypeError
 from stfm._keys import LIBRARY_COLUMNS, NICHE, PATIENT, SPATIAL, STUDY, TILES, UNNAMED, UNS
 from stfm._validate import did_you_mean
 from stfm.slide.counts import Counts
@@ -55,15 +56,22 @@ def check_table(adata: Any) -> AnnData:
     raise WrongTypeError(msg)
 
 
-def read_file(path: Path) -> AnnData:
-    """Open an ``.h5ad`` file without reading its counts."""
+def read_file(path: Path, *, backed: bool = True) -> AnnData:
+    """Open an ``.h5ad`` file, without reading its counts or as a whole."""
     if not path.exists():
         msg = f"{path} does not exist."
         raise MissingKeyError(msg)
     if path.suffix != ".h5ad":
         msg = f"{path} is not read here: give an .h5ad file, or an AnnData that you read yourself."
         raise InputError(msg)
-    return anndata.read_h5ad(path, backed="r")
+    if not h5py.is_hdf5(path):
+        msg = f"{path} is not an .h5ad file, whatever its name says, or it is damaged; get or write it again."
+        raise DataIntegrityError(msg)
+    try:
+        return anndata.read_h5ad(path, backed="r" if backed else None)
+    except (OSError, KeyError) as error:  # h5py: cut short; anndata: no AnnData in it
+        msg = f"{path} cannot be read as .h5ad ({error}); get or write it again."
+        raise DataIntegrityError(msg) from error
 
 
 def target(adata: AnnData, *, copy: bool) -> AnnData:
