@@ -17,7 +17,6 @@ from stfm.slide._niche_tree import Tree
 from stfm.slide.niches import (
     NicheTable,
     Request,
-    _in_order,
     _search_compiled,
     _search_scipy,
     knn,
@@ -122,9 +121,9 @@ class TestAgainstTwin:
                 distance = np.full((n, capacity), np.inf, np.float32)
                 blocks = np.arange(searcher.n_blocks, dtype=np.int32)
                 short = np.zeros(n, bool)
-                searcher.query(blocks, capacity, request.rule(capacity, 0.0), index, distance, short)
+                searcher.query(blocks, capacity, request.rule(capacity, 0.0), searcher.ids, index, distance, short)
                 assert not short.any()
-                found.append(_in_order(NicheTable(index, distance), searcher.ids, 1))
+                found.append(NicheTable(index, distance))
             same(*found)
 
     def test_clustered_points_take_the_tree(self):

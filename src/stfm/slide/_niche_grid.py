@@ -9,11 +9,12 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from stfm.slide._niche_kernels import Rule, insert, njit, reach, write_row
+from stfm.slide._niche_kernels import Rule, expect, insert, njit, reach, write_row
 from stfm.slide._threads import edges, run
 
 SLACK = 1e-6  # of the side of a cell: a point may lie a rounding error outside the cell it was counted in
 _FAR = 8  # points to each side that may lie far from all others
+_AHEAD = 6  # points: rows of the table are fetched before they are written
 _CROWDED = 1.5  # times the points meant for a cell: beyond this a grid is the wrong tool
 
 
@@ -144,17 +145,21 @@ def query(
     limit2: float,
     tolerance: float,
     keep_all: bool,  # noqa: FBT001
+    rows: NDArray[np.int32],
     index: NDArray[np.int32],
     distance: NDArray[np.float32],
     short: NDArray[np.bool_],
 ) -> None:
-    """Niches of the queued points (positions in cell order), written into the rows of their positions."""
+    """Niches of the queued points (positions in cell order), written into `rows` of theirs."""
     d2s = np.empty(capacity)
     found = np.empty(capacity, np.int32)
     nx, ny = shape[0], shape[1]
     h = geometry[2]
     slack = SLACK * h
-    for p in queue:
+    last = queue.shape[0] - 1
+    for at in range(queue.shape[0]):
+        expect(rows, queue[min(at + _AHEAD, last)], index, distance)
+        p = queue[at]
         x, y = points[p, 0], points[p, 1]
         cx = cell_of(x, geometry[0], geometry[3], nx)
         cy = cell_of(y, geometry[1], geometry[3], ny)
@@ -190,7 +195,7 @@ def query(
             if seen * seen > need or seen == np.inf:
                 break
             r += 1
-        if not write_row(d2s, found, m, k, tolerance, keep_all, index[p], distance[p]):
+        if not write_row(d2s, found, m, k, tolerance, keep_all, index[rows[p]], distance[rows[p]]):
             short[p] = True
 
 
@@ -209,7 +214,8 @@ class Grid:
     @classmethod
     def build(cls, coords: NDArray[np.float64], k: int, threads: int) -> Grid | None:
         """Return the grid, or None where the points are spread so unevenly that it would be slow."""
-        low, high = coords.min(axis=0), coords.max(axis=0)
+        # column by column: numpy takes thirty times as long along the first axis of so narrow an array
+        low, high = (np.array([least(coords[:, a]) for a in range(2)]) for least in (np.min, np.max))
         grid = cls._within(coords, low, high - low, k, threads)
         if grid is not None or len(coords) < 100 * _FAR:
             return grid
@@ -276,11 +282,12 @@ class Grid:
         blocks: NDArray[np.int32],
         capacity: int,
         rule: Rule,
+        rows: NDArray[np.int32],
         index: NDArray[np.int32],
         distance: NDArray[np.float32],
         short: NDArray[np.bool_],
     ) -> None:
-        """Write niches into the rows of their positions; mark positions where `capacity` was too small."""
+        """Write niches into `rows` of their positions; mark positions where `capacity` was too small."""
         query(
             self.points,
             self.ids,
@@ -293,6 +300,7 @@ class Grid:
             rule.limit2,
             rule.tolerance,
             rule.keep_all,
+            rows,
             index,
             distance,
             short,

@@ -13,6 +13,8 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from stfm.slide._prefetch import prefetch_to_write
+
 njit = numba.njit(nogil=True, cache=True)
 
 
@@ -109,8 +111,12 @@ def write_row(
 
 
 @njit
-def place(rows: NDArray[np.generic], order: NDArray[np.int32], lo: int, hi: int, out: NDArray[np.generic]) -> None:
-    """Write ``out[i] = rows[order[i]]`` for a range of i."""
-    for i in range(lo, hi):
-        for t in range(rows.shape[1]):
-            out[i, t] = rows[order[i], t]
+def expect(rows: NDArray[np.int32], p: int, index: NDArray[np.int32], distance: NDArray[np.float32]) -> None:
+    """Fetch the row of a table where the niche of position `p` will be written."""
+    width = np.int64(index.shape[1])
+    first = np.int64(rows[p]) * width
+    flat, flat_distance = index.reshape(-1), distance.reshape(-1)
+    prefetch_to_write(flat, first)
+    prefetch_to_write(flat_distance, first)
+    prefetch_to_write(flat, first + width - 1)
+    prefetch_to_write(flat_distance, first + width - 1)

@@ -6,38 +6,14 @@ that takes half the time, since the processor cannot guess where the next row be
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-from llvmlite import ir
-from numba.core import cgutils, types
-from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from stfm.slide._niche_kernels import njit
+from stfm.slide._prefetch import prefetch
 
 _AHEAD = 2  # rows
 _LINE = 16  # entries of 4 bytes in a cache line
-
-
-def _prefetch(typingctx: Any, array: Any, position: Any) -> Any:
-    """Ask for the cache line that holds ``array[position]``; a hint that never fails."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        data = context.make_array(signature.args[0])(context, builder, args[0]).data
-        byte = ir.IntType(8).as_pointer()
-        whole = ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), [byte, whole, whole, whole])
-        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
-        read, keep, data_cache = (ir.Constant(whole, value) for value in (0, 3, 1))
-        address = builder.bitcast(builder.gep(data, [args[1]]), byte)
-        builder.call(function, [address, read, keep, data_cache])
-        return context.get_dummy_value()
-
-    return types.void(array, position), codegen
-
-
-prefetch: Any = intrinsic(_prefetch)
 
 
 @njit

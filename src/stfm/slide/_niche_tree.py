@@ -11,7 +11,7 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from stfm.slide._niche_kernels import Rule, insert, njit, reach, write_row
+from stfm.slide._niche_kernels import Rule, expect, insert, njit, reach, write_row
 from stfm.slide._threads import run
 
 _LEAF = 10  # points of a leaf, at most
@@ -192,6 +192,7 @@ def query(
     limit2: float,
     tolerance: float,
     keep_all: bool,  # noqa: FBT001
+    rows: NDArray[np.int32],
     index: NDArray[np.int32],
     distance: NDArray[np.float32],
     short: NDArray[np.bool_],
@@ -209,6 +210,7 @@ def query(
         lo, hi = n * leaf // leaves, n * (leaf + 1) // leaves
         for p in range(lo, hi):
             s = p - lo
+            expect(rows, p, index, distance)
             held[s] = scan(points, ids, p, lo, hi, limit2, d2s[s], found[s], 0)
             need[s] = reach(d2s[s], held[s], k, tolerance, limit2)
         up = leaves + leaf
@@ -217,7 +219,7 @@ def query(
             up >>= 1
         for p in range(lo, hi):
             s = p - lo
-            if not write_row(d2s[s], found[s], held[s], k, tolerance, keep_all, index[p], distance[p]):
+            if not write_row(d2s[s], found[s], held[s], k, tolerance, keep_all, index[rows[p]], distance[rows[p]]):
                 short[p] = True
 
 
@@ -269,11 +271,12 @@ class Tree:
         blocks: NDArray[np.int32],
         capacity: int,
         rule: Rule,
+        rows: NDArray[np.int32],
         index: NDArray[np.int32],
         distance: NDArray[np.float32],
         short: NDArray[np.bool_],
     ) -> None:
-        """Write niches into the rows of their positions; mark positions where `capacity` was too small."""
+        """Write niches into `rows` of their positions; mark positions where `capacity` was too small."""
         query(
             self.points,
             self.ids,
@@ -284,6 +287,7 @@ class Tree:
             rule.limit2,
             rule.tolerance,
             rule.keep_all,
+            rows,
             index,
             distance,
             short,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from itertools import pairwise
+from threading import Thread
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -27,11 +29,34 @@ def edges(n: int, parts: int) -> list[int]:
 
 
 def run(work: Callable[[int, int], object], n: int, threads: int, *, parts: int = 1, inline: int = _INLINE) -> None:
-    """Call ``work(lo, hi)`` over 0..n, in ``parts`` pieces a thread; below ``inline`` rows on the calling thread."""
+    """Call ``work(lo, hi)`` over 0..n, in ``parts`` pieces a thread; below ``inline`` rows on the calling thread.
+
+    The calling thread works, too, and takes what others have not begun: where cores are busy it waits for nobody who
+    has not started.
+    """
     if threads == 1 or n < inline:
         work(0, n)
         return
     borders = edges(n, min(threads * parts, n))
-    with ThreadPoolExecutor(threads) as pool:
-        for _ in pool.map(work, borders[:-1], borders[1:]):
-            pass
+    pieces = deque(pairwise(borders))
+    failed: list[BaseException] = []
+
+    def take() -> None:
+        while not failed:
+            try:
+                lo, hi = pieces.popleft()
+            except IndexError:
+                return  # nothing left
+            try:
+                work(lo, hi)
+            except BaseException as error:  # noqa: BLE001 raised again below, on the calling thread
+                failed.append(error)
+
+    helpers = [Thread(target=take, daemon=True) for _ in range(min(threads, len(pieces)) - 1)]
+    for helper in helpers:
+        helper.start()
+    take()
+    for helper in helpers:
+        helper.join()
+    if failed:
+        raise failed[0]

@@ -30,7 +30,6 @@ __all__ = ["NicheTable", "knn", "knn_numpy", "lattice_tolerance", "niche_mean", 
 TIES = ("index", "all")
 _KERNELS = "stfm.slide._niche_kernels"
 _SAMPLE = 128  # spots that are asked first, to see how distances tie
-_INLINE = 2**16  # rows that are copied faster than threads start
 _LATTICE_SPOTS = 10  # fewer are never called a lattice
 _LATTICE_SHARE = 0.9  # share of the spots of a lattice whose nearest neighbour lies at one pitch ...
 _LATTICE_SPREAD = 0.025  # ... to this part of it: rounding to pixels moves Visium's neighbours by up to 1.4 %
@@ -232,19 +231,20 @@ def _search_compiled(coords: NDArray[np.float64], request: Request, threads: int
     n, k = len(coords), request.n_neighbors or 0
     searcher = (Grid.build(coords, k, threads) if coords.shape[1] == 2 else None) or Tree.build(coords, threads)
     tolerance = request.tie_tolerance
+    sample = _asked_first(searcher)
     if tolerance is None:
-        tolerance = lattice_tolerance(_nearest(searcher)) if k and n >= _LATTICE_SPOTS else 0.0
+        tolerance = lattice_tolerance(_nearest(searcher, sample)) if k and n >= _LATTICE_SPOTS else 0.0
     capacity = k
     if request.ragged or tolerance > 0:
-        capacity = _capacity(searcher, request, tolerance)
+        capacity = _capacity(searcher, sample, request, tolerance)
     return _fill(searcher, request, tolerance, capacity, threads), tolerance
 
 
-def _nearest(searcher: Grid | Tree) -> NDArray[np.float32]:
+def _nearest(searcher: Grid | Tree, sample: NDArray[np.int32]) -> NDArray[np.float32]:
     """Return the distances from some spots to their nearest neighbours."""
     from stfm.slide._niche_kernels import Rule
 
-    return _ask(searcher, 1, Rule(1, np.inf, 0.0, False)).distance[:, 0]
+    return _ask(searcher, sample, 1, Rule(1, np.inf, 0.0, False)).distance[:, 0]
 
 
 def lattice_tolerance(nearest: NDArray[np.floating]) -> float:
@@ -268,14 +268,22 @@ def lattice_tolerance(nearest: NDArray[np.floating]) -> float:
     return _LATTICE_TIE * pitch if regular.mean() >= _LATTICE_SHARE else 0.0
 
 
-def _capacity(searcher: Grid | Tree, request: Request, tolerance: float) -> int:
+def _capacity(searcher: Grid | Tree, sample: NDArray[np.int32], request: Request, tolerance: float) -> int:
     """Return how many candidates settle nearly all niches, judged by some of them."""
     n = len(searcher.ids)
     k = request.n_neighbors or 0
     trial = min(2 * k + 16, n)
     rule = request.rule(trial, tolerance)._replace(keep_all=True)
-    degree = _ask(searcher, trial, rule).degree
+    degree = _ask(searcher, sample, trial, rule).degree
     return min(max(int(degree.max(initial=0)), k) + 1, n)
+
+
+def _asked_first(searcher: Grid | Tree) -> NDArray[np.int32]:
+    """Return the positions of the sample."""
+    n = len(searcher.ids)
+    asked = np.zeros(n, np.bool_)
+    asked[_sample(n)] = True
+    return np.flatnonzero(asked[searcher.ids]).astype(np.int32)
 
 
 def _sample(n: int) -> NDArray[np.intp]:
@@ -283,17 +291,16 @@ def _sample(n: int) -> NDArray[np.intp]:
     return np.unique(np.linspace(0, n - 1, _SAMPLE).astype(np.intp))
 
 
-def _ask(searcher: Grid | Tree, capacity: int, rule: Rule) -> NicheTable:
-    """Return the rows of the sample alone."""
+def _ask(searcher: Grid | Tree, sample: NDArray[np.int32], capacity: int, rule: Rule) -> NicheTable:
+    """Return the niches of a sample alone, given by position."""
     n = len(searcher.ids)
-    asked = np.zeros(n, np.bool_)
-    asked[_sample(n)] = True
-    rows = np.flatnonzero(asked[searcher.ids]).astype(np.int32)
-    blocks = searcher.blocks(rows)
-    index, distance = np.empty((n, capacity), np.int32), np.empty((n, capacity), np.float32)
-    index[rows], distance[rows] = -1, np.inf
-    searcher.query(blocks, capacity, rule, index, distance, np.zeros(n, np.bool_))
-    return NicheTable(index[rows], distance[rows])
+    blocks = searcher.blocks(sample)
+    answered = searcher.positions(blocks)  # those of the sample, and others that are found together with them
+    rows = np.empty(n, np.int32)
+    rows[answered] = np.arange(len(answered), dtype=np.int32)
+    table = empty_table(len(answered), capacity)
+    searcher.query(blocks, capacity, rule, rows, table.index, table.distance, np.zeros(n, np.bool_))
+    return NicheTable(table.index[rows[sample]], table.distance[rows[sample]])
 
 
 def _fill(searcher: Grid | Tree, request: Request, tolerance: float, capacity: int, threads: int) -> NicheTable:
@@ -307,7 +314,7 @@ def _fill(searcher: Grid | Tree, request: Request, tolerance: float, capacity: i
         rule = request.rule(capacity, tolerance)
 
         def look(lo: int, hi: int, todo=blocks, held=capacity, rule=rule, table=table, short=short) -> None:  # type: ignore[no-untyped-def]
-            searcher.query(todo[lo:hi], held, rule, table.index, table.distance, short)
+            searcher.query(todo[lo:hi], held, rule, searcher.ids, table.index, table.distance, short)
 
         run(look, len(blocks), threads, parts=8, inline=searcher.few)
         again = np.flatnonzero(short).astype(np.int32)
@@ -317,20 +324,7 @@ def _fill(searcher: Grid | Tree, request: Request, tolerance: float, capacity: i
         blocks = searcher.blocks(again)
         if ragged:
             table = widened(table, capacity)
-    return _in_order(trimmed(table) if ragged else table, searcher.ids, threads)
-
-
-def _in_order(table: NicheTable, ids: NDArray[np.int32], threads: int) -> NicheTable:
-    """Return the rows in the order of the points; rows were written where the search went, which spares the cache."""
-    from stfm.slide._niche_kernels import place
-
-    n = len(ids)
-    order = np.empty(n, np.int32)
-    order[ids] = np.arange(n, dtype=np.int32)
-    index, distance = np.empty_like(table.index), np.empty_like(table.distance)
-    run(lambda lo, hi: place(table.index, order, lo, hi, index), n, threads, inline=_INLINE)
-    run(lambda lo, hi: place(table.distance, order, lo, hi, distance), n, threads, inline=_INLINE)
-    return NicheTable(index, distance)
+    return trimmed(table) if ragged else table
 
 
 def _joined(tables: Sequence[NicheTable], members: Sequence[NDArray[np.intp]], n: int, request: Request) -> NicheTable:
