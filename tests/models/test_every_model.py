@@ -23,9 +23,12 @@ SHORT_ST_ALIGN = {
     "width": 32,
 }
 TOWER = {"width": 32, "depth": 2, "heads": 4, "out_width": 16}
+SHORT_MULTIBRANCH = {"width": 32, "depth": 3, "specific": 2, "heads": 4, "gene_width": 8, "decoder_depth": 1}
 SHORT = {
     "st-align": SHORT_ST_ALIGN,
     "st-align-paper": SHORT_ST_ALIGN,
+    "storm-multibranch": SHORT_MULTIBRANCH | {"tile_px": 32, "n_bins": 8},
+    "storm-multibranch-base": SHORT_MULTIBRANCH | {"specific": 1},
     "clip": {"image": {"name": "clip-vit-b32", "options": TOWER}},
     "plip": {"image": {"name": "plip-vit-b32", "options": TOWER}},
 }

@@ -1,0 +1,344 @@
+"""STORM, multi-branch (SQUALL): branches for image and expression, a shared trunk, complementary masking, alignment."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stfm._errors import InputError
+from stfm._validate import check_choice
+from stfm.models._multibranch_network import TissueNetwork
+from stfm.models._multibranch_parts import Latent, Tissue, mean_where
+from stfm.models._slots import check_batch, fit_gene_encoder
+from stfm.models.base import Embedding
+from stfm.models.inputs import InputSpec
+from stfm.models.storm_multibranch_config import PRESETS, STAGES, StormMultiBranchConfig
+from stfm.nn.alignment import match_loss, place_contrast, sample_contrast
+from stfm.nn.attention import Attention
+from stfm.nn.lora import LoRALinear
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from stfm._registry import Registry
+    from stfm.models.inputs import SlideInputs
+    from stfm.models.registry import ModelSpec
+    from stfm.nn.batch import Batch
+    from stfm.slide.genes import Vocabulary
+
+_FIT_TILES = 64  # tiles a slide from which the scale of the pixels is taken
+
+
+class StormMultiBranch(TissueNetwork):
+    """The multi-branch STORM (published as SQUALL), written from its description.
+
+    A tile of tissue becomes image tokens and expression tokens at places in µm. The first blocks have a feed-forward
+    for each modality, the last ones share it; attention is shared throughout. In stage ``"mask"`` each place shows
+    either its image or its expression, and two decoders predict what was not shown. In stage ``"align"`` both
+    modalities are encoded alone and drawn together by contrast and matching.
+
+    Parameters
+    ----------
+    config
+        See :class:`StormMultiBranchConfig`.
+    vocabulary
+        Genes that the model reads and predicts.
+    pretrained
+        No weights come with this model; :meth:`load_published` reads your own copy of the published ones.
+
+    References
+    ----------
+    Zhang et al., bioRxiv 10.64898/2026.06.01.729028.
+    """
+
+    family: ClassVar[str] = "storm-multibranch"
+    #: stages of pretraining, in their order; ``"both"`` runs them in one
+    stages: ClassVar[tuple[str, ...]] = ("mask", "align")
+
+    def __init__(
+        self, config: StormMultiBranchConfig, vocabulary: Vocabulary | None, *, pretrained: bool = True
+    ) -> None:
+        super().__init__(config, vocabulary, pretrained=pretrained)
+        if config.mode == "lora":
+            self._add_low_rank()
+        self._stage = "both"
+        self.stage = "both"
+
+    def _add_low_rank(self) -> None:
+        for part in [m for m in self.encoder.modules() if isinstance(m, Attention)]:
+            for name in ("q", "v"):
+                low = LoRALinear(getattr(part, name), rank=self.config.lora_rank, alpha=self.config.lora_alpha)
+                setattr(part, name, low)
+
+    @property
+    def stage(self) -> str:
+        """Which losses are computed: ``"mask"``, ``"align"`` or ``"both"``; what they do not reach is not trained."""
+        return self._stage
+
+    @stage.setter
+    def stage(self, stage: str) -> None:
+        config = self.config
+        if check_choice("stage", stage, STAGES) == "align" and config.mode == "head":
+            msg = "mode='head' trains the decoders, which stage 'align' does not use; take stage='mask'."
+            raise InputError(msg)
+        self._stage = stage
+        for name, parameter in self.named_parameters():
+            if name.startswith("gene_decoder."):
+                parameter.requires_grad = stage != "align" and config.gene_weight > 0
+            elif name.startswith("image_decoder."):
+                parameter.requires_grad = stage != "align" and config.pixel_weight > 0
+            else:
+                parameter.requires_grad = config.mode == "full" or (config.mode == "lora" and "lora_" in name)
+
+    @property
+    def inputs(self) -> InputSpec:
+        """What the model wants to see of every spot."""
+        config = self.config
+        return InputSpec(
+            spot_px=config.tile_px,
+            niche_px=None,
+            spot_um=config.extent_um,
+            niche_counts=False,
+            min_fraction=config.min_fraction,
+        )
+
+    def read(self, batch: Batch) -> Tissue:
+        """Return a batch as tiles and the sites in them; a spot's own expression lies in the middle of its tile."""
+        if batch.spot_features is not None:
+            msg = (
+                "The batch holds precomputed image features, but the image branch of the multi-branch STORM is not "
+                "frozen: it reads patches; give tiles."
+            )
+            raise InputError(msg)
+        if batch.spot_tiles is None and batch.counts is None:
+            msg = (
+                "The batch has neither image nor counts; the multi-branch STORM embeds a spot with one of them missing."
+            )
+            raise InputError(msg)
+        middle = torch.full((1, 1, 2), self.config.extent_um / 2, device=self.centres.device)
+        return Tissue(
+            tiles=batch.spot_tiles,
+            counts=None if batch.counts is None else batch.counts[:, None],
+            xy_um=middle,
+            present=torch.ones(len(batch), 1, dtype=torch.bool, device=middle.device),
+            gene_mask=batch.gene_mask,
+        )
+
+    def _mask_losses(self, patches: Tensor, scaled: Tensor, tissue: Tissue) -> dict[str, Tensor]:
+        latent, image_shown, gene_shown = self._mask(patches, scaled, tissue)
+        losses: dict[str, Tensor] = {}
+        if self.config.gene_weight > 0:
+            if self.config.expression == "bins":
+                few, rows, sites = self._hidden_bins(latent, image_shown, tissue)
+            else:
+                rows, sites = torch.nonzero(tissue.present & ~gene_shown, as_tuple=True)
+                few = self._decoded_sites(latent)[rows, sites]
+            predicted = cast("nn.Linear", self.gene_decoder.genes)(few)
+            measured = None if tissue.gene_mask is None else tissue.gene_mask[rows]
+            losses["gene"] = _smooth_l1(predicted, scaled[rows, sites], measured)
+        if self.config.pixel_weight > 0:
+            pixels = self._decoded_pixels(latent)
+            losses["image"] = _smooth_l1(pixels[~image_shown], patches[~image_shown])
+        return losses
+
+    def _align_losses(self, patches: Tensor, scaled: Tensor, tissue: Tissue) -> dict[str, Tensor]:
+        config = self.config
+        image, gene = self._encode_image(patches), self._encode_gene(scaled, tissue)
+        valid = tissue.present
+        if config.expression == "bins":
+            valid = (self._owner_of_patches(tissue) >= 0).any(dim=2).expand(len(image), -1)
+        else:
+            image = mean_where(image, self._under(tissue))
+        losses: dict[str, Tensor] = {}
+        if config.contrastive_weight > 0:
+            kinds = [kind for kind, on in ((sample_contrast, config.inter), (place_contrast, config.intra)) if on]
+            parts = [kind(image, gene, valid, temperature=config.temperature) for kind in kinds]
+            losses["contrastive"] = torch.stack(parts).sum()
+        if config.matching_weight > 0:
+            weights = valid[:, None]
+            whole = [mean_where(x, weights)[:, 0] for x in (image, gene)]
+            losses["matching"] = match_loss(whole[0], whole[1], temperature=config.temperature)
+        return losses
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Return the vector of each spot ``(b, d)``: ``"image"``, ``"gene"`` (each encoded alone), ``"joint"``."""
+        tissue = self.read(batch)
+        patches = None if tissue.tiles is None else self._patches(tissue.tiles)
+        scaled = None if tissue.counts is None else self.expression.scaled(tissue.counts, tissue.gene_mask)
+        out: dict[str, Tensor] = {}
+        if patches is not None:
+            out["image"] = self._pooled_image(self._encode_image(patches), tissue)
+        if scaled is not None:
+            out["gene"] = self._pooled_gene(self._encode_gene(scaled, tissue))
+        if patches is not None and scaled is not None:
+            image, gene = self._encode_both(patches, scaled, tissue)
+            out["joint"] = (self._pooled_image(image, tissue) + self._pooled_gene(gene)) / 2
+        else:
+            out["joint"] = next(iter(out.values()))
+        return {name: vector.float() for name, vector in out.items()}
+
+    def _pooled_image(self, image: Tensor, tissue: Tissue) -> Tensor:
+        """Return the mean of the image tokens under the spot, or of all where the tile is an image of bins."""
+        if self.config.expression == "bins":
+            return image.mean(dim=1)
+        return mean_where(image, self._under(tissue)[:, :1])[:, 0]
+
+    def _pooled_gene(self, gene: Tensor) -> Tensor:
+        return gene.mean(dim=1) if self.config.expression == "bins" else gene[:, 0]
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """Return ``"loss"`` and its parts: ``"gene"``, ``"image"`` of masking, ``"contrastive"``, ``"matching"``.
+
+        Raises
+        ------
+        InputError
+            The batch lacks a modality, which both stages need, or has one spot in training.
+        """
+        check_batch(batch, training=self.training)
+        for there, what in ((batch.has_image, "image"), (batch.has_gene, "counts")):
+            if not there:
+                msg = f"The batch has no {what}; both stages of the multi-branch STORM need spots with both modalities."
+                raise InputError(msg)
+        return self.tissue_losses(self.read(batch))
+
+    def tissue_losses(self, tissue: Tissue) -> dict[str, Tensor]:
+        """Return the losses of tiles with any number of sites in them, as :meth:`losses` does of a batch."""
+        patches = self._patches(cast("Tensor", tissue.tiles))
+        scaled = self.expression.scaled(cast("Tensor", tissue.counts), tissue.gene_mask)
+        parts: dict[str, Tensor] = {}
+        if self.stage != "align":
+            parts |= self._mask_losses(patches, scaled, tissue)
+        if self.stage != "mask" and self.config.mode != "head":
+            parts |= self._align_losses(patches, scaled, tissue)
+        if not parts:
+            msg = f"All losses of stage {self.stage!r} have weight 0; there is nothing to train."
+            raise InputError(msg)
+        weights = {
+            "gene": self.config.gene_weight,
+            "image": self.config.pixel_weight,
+            "contrastive": self.config.contrastive_weight,
+            "matching": self.config.matching_weight,
+        }
+        return {"loss": torch.stack([weights[name] * part for name, part in parts.items()]).sum(), **parts}
+
+    def embed(self, batch: Batch) -> Embedding:
+        """Return the embedding of every spot.
+
+        Returns
+        -------
+        ``image``, ``gene``: each modality encoded alone, which alignment makes comparable; ``joint``: the mean of both
+        modalities' tokens when encoded together, or the modality that is there.
+        """
+        out = self(batch)
+        return Embedding(joint=out["joint"], image=out.get("image"), gene=out.get("gene"))
+
+    def predict_genes(self, batch: Batch) -> Tensor:
+        """Return the spots' ``log1p(1e4 c / sum c)`` as the image alone tells it, ``(b, G)``."""
+        tissue = self.read(batch.without("gene"))
+        image = self._encode_image(self._patches(cast("Tensor", tissue.tiles)))
+        if self.config.expression == "bins":
+            latent = Latent(image, None, image, None, self.centres[None])
+            weights = (self._owner_of_patches(tissue) == 0).flatten(1)[:, None].expand(len(image), -1, -1)
+            few = mean_where(self._decoded_bins(latent).flatten(1, 2), weights)[:, 0]
+        else:
+            shown = torch.ones(len(image), image.shape[1], dtype=torch.bool, device=image.device)
+            sites = torch.zeros_like(image[:, :1])
+            few = self._decoded_sites(self._filled(image, sites, shown, ~tissue.present, tissue))[:, 0]
+        return self.expression.unscaled(cast("nn.Linear", self.gene_decoder.genes)(few).float())
+
+    def fit_inputs(self, slides: Sequence[SlideInputs]) -> None:
+        """Take the scale of genes and, where asked for, of pixels from the training slides."""
+        fit_gene_encoder(self.expression, slides, niche=False)  # type: ignore[arg-type]
+        with_image = [slide for slide in slides if slide.has_image]
+        if self.config.pixels == "unit" or not with_image:
+            return
+        rng = np.random.default_rng(0)
+        pixels = []
+        for slide in with_image:
+            index = np.sort(rng.choice(slide.n_obs, size=min(slide.n_obs, _FIT_TILES), replace=False)).astype(np.int64)
+            pixels.append(slide.tiles(index, "spot").reshape(-1, 3))
+        values = np.concatenate(pixels).astype(np.float64) / 255
+        self.pixel_mean.copy_(torch.from_numpy(values.mean(axis=0)))
+        self.pixel_scale.copy_(torch.from_numpy(values.std(axis=0)).clamp_min(0.02))
+
+    def adapted(self, mode: str, **changes: Any) -> StormMultiBranch:
+        """Return a copy for fine-tuning, with ``mode`` ``"lora"`` or ``"head"`` and other fields changed.
+
+        Raises
+        ------
+        InputError
+            The model has low-rank additions already, which no other mode holds.
+        """
+        if self.config.mode == "lora":
+            msg = "The model has low-rank additions already; adapt the model that they were added to."
+            raise InputError(msg)
+        model = type(self)(replace(self.config, mode=mode, **changes), self.vocabulary, pretrained=False)
+        model.load_state_dict(self.state_dict(), strict=False)
+        model.seen, model.history = self.seen, self.history
+        return model
+
+    def load_published(self, path: str | Path, *, names: dict[str, str] | None = None) -> None:
+        """Fill the model from your own copy of the published checkpoint (CC BY-NC-ND; never part of stfm).
+
+        Parameters
+        ----------
+        path
+            safetensors file, or PyTorch file (opened with ``weights_only=True``).
+        names
+            Regular expressions of names in the file, and what they are to be read as, where they are not the expected
+            ones (:mod:`stfm.models._squall_layout`).
+
+        Raises
+        ------
+        DataIntegrityError
+            Names or shapes do not fit; the model is untouched.
+        """
+        from stfm.models._squall_layout import read_published
+
+        self.load_state_dict(read_published(self, path, names=names or {}))
+
+
+def _smooth_l1(predicted: Tensor, target: Tensor, counted: Tensor | None = None) -> Tensor:
+    """Return the mean Smooth-L1 over what counts; 0 over nothing."""
+    loss = F.smooth_l1_loss(predicted.float(), target.float(), reduction="none")
+    if counted is None:
+        return loss.sum() / max(loss.numel(), 1)
+    # Not multiplied: what does not count has a gradient of exactly 0 even where it is infinite.
+    return torch.where(counted, loss, 0.0).sum() / counted.sum().clamp_min(1)
+
+
+def register(models: Registry[ModelSpec]) -> None:
+    """Add the multi-branch STORM's sizes to the registry."""
+    from stfm.models.registry import ModelSpec
+
+    rows = {
+        "published": (
+            "storm-multibranch",
+            "STORM of two branches at its published size (SQUALL); image of bins",
+            ("squall",),
+        ),
+        "base": ("storm-multibranch-base", "the same of 12 blocks of width 384, a token a spot", ()),
+        "small": (
+            "storm-multibranch-small",
+            "the same of 6 blocks of width 128, a token a spot; trains on two cores",
+            (),
+        ),
+    }
+    for preset in PRESETS:
+        name, summary, aliases = rows[preset]
+        spec = ModelSpec(
+            name=name,
+            family=StormMultiBranch.family,
+            summary=summary,
+            reference="doi:10.64898/2026.06.01.729028",
+            factory=StormMultiBranch,
+            config=partial(StormMultiBranchConfig.preset, preset),
+        )
+        models.register(name, spec, aliases=aliases)
