@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from typer.testing import CliRunner
 import stfm
 from stfm.__main__ import main
 from stfm.cli import _doctor, _inputs, app
-from stfm.errors import DataIntegrityError, InputError, MissingKeyError
+from stfm.errors import DataIntegrityError, InputError, MissingKeyError, StfmWarning
 
 runner = CliRunner()
 ROOT = Path(__file__).resolve().parents[1]
@@ -151,6 +152,18 @@ def test_an_error_is_one_line_on_stderr(monkeypatch: pytest.MonkeyPatch, capsys:
     shown = capsys.readouterr()
     assert shown.out == ""
     assert shown.err.strip() == "stfm: There is no file no-such.h5ad; check the path."
+
+
+def test_a_warning_is_one_line_and_told_once(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    def command() -> None:
+        for number in range(2):
+            warnings.warn("spots lie on top of each other", StfmWarning, stacklevel=1 + number)
+
+    monkeypatch.setattr("stfm.cli.app", command)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        main()
+    assert capsys.readouterr().err.splitlines() == ["stfm: warning: spots lie on top of each other"]
 
 
 def test_ci_and_readme_agree():

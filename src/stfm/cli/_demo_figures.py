@@ -49,7 +49,7 @@ def draw(tissue: Tissue, model: Model, genes: list[str], out: Path) -> dict[str,
     save("overview", _overview(tissue, shown), "Found domains and predicted genes beside what is known.")
     save("domains", _domains(tissue), "Spatial domains of the held-out tissue.")
     figure, axes = _grid(2, len(shown))
-    pl.predicted_expression(test, shown, image=False, ax=axes)
+    pl.predicted_expression(test, shown, image=False, same_scale=True, ax=axes)
     save("expression", figure, f"Measured and predicted expression of the {len(shown)} best predicted genes.")
     figure, axes = _grid(2, 1, width=4.2)
     pl.embedding(test, tissue.truth or DOMAIN, ax=axes[0, 0])
@@ -82,7 +82,7 @@ def _name(axes: Any, names: list[str]) -> None:
     """Put the method before the score that the plot wrote as title."""
     for one, name in zip(axes, names, strict=True):
         score = one.get_title().partition("(ARI")
-        one.set_title(f"{name} (ARI{score[2]}" if score[1] else name)
+        one.set_title(f"{name} (ARI{score[2]}" if score[1] else name, fontsize=10)
 
 
 def _domains(tissue: Tissue) -> Any:
@@ -101,8 +101,8 @@ def _overview(tissue: Tissue, genes: list[str]) -> Any:
 
     test, known = tissue.test, tissue.truth is not None
     figure, axes = _grid(4, 2, width=3.2, height=3.0)
-    pl.tiles(test, 3, ax=axes[0, 0])
-    axes[0, 0].set_title("tiles of spots, of niches")
+    pl.tiles(test, 2, ax=axes[0, 0])  # two above two: as high as the panels beside it
+    axes[0, 0].set_title("tiles of spots, of niches", fontsize=10)
     names = ["ST-Align", "PCA of genes"]
     shown = axes[0, 1:] if known else axes[0, 1:3]
     pl.spatial_domains(test, _keys(test), truth=tissue.truth, image=False, legend=False, ax=shown)
@@ -110,5 +110,6 @@ def _overview(tissue: Tissue, genes: list[str]) -> Any:
     if not known:
         pl.embedding(test, DOMAIN, ax=axes[0, 3])
     for number, gene in enumerate(genes[:2]):
-        pl.predicted_expression(test, gene, key=PREDICTED, image=False, ax=axes[1, 2 * number : 2 * number + 2])
+        pair = axes[1, 2 * number : 2 * number + 2]
+        pl.predicted_expression(test, gene, key=PREDICTED, image=False, same_scale=True, ax=pair)
     return figure

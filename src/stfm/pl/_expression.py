@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from stfm.pl._spatial import Ground
 
 _SCALE = "log1p(counts per 10⁴)"
+_TITLE = 36  # letters that fit above a panel
 
 
 def predicted_expression(
@@ -127,13 +128,15 @@ def _panel(
     seen: str,
 ) -> None:
     values = truth if kind == "measured" and truth is not None else guess
-    title = f"{gene} {kind}"
+    title = f"{place.name}: {gene} {kind}" if several else f"{gene} {kind}"
+    notes = []
     if kind == "predicted" and truth is not None:
-        title += f", r = {_correlation(truth, guess):.2f}"
+        notes.append(f"r = {_correlation(truth, guess):.2f}")
     if kind == "predicted" and seen:
-        title += f" ({seen})"
-    if several:
-        title = f"{place.name}: {title}"
+        notes.append(f"({seen})")
+    if notes:
+        note = " ".join(notes)
+        title += f", {note}" if len(title) + len(note) < _TITLE else f"\n{note}"
     limits = _limits(truth if same_scale and truth is not None else values)
     stage(ax, place, title=title, image_alpha=0.35)
     draw_values(ax, place, values, cmap=cmap, limits=limits, size=size, label=_SCALE)

@@ -48,9 +48,10 @@ class Exposure:
     def warn(self, *, stacklevel: int) -> None:
         """Warn once of everything that was seen."""
         if self.words:
+            new = "tissue" if any(self.slides) else "patients"
             msg = (
-                f"{' '.join(self.words)} What is measured against its counts tells nothing about new tissue; it is "
-                "marked in uns and in plots."
+                f"{' '.join(self.words)} A correlation with these counts tells nothing about other {new}; it is marked "
+                "in uns and in plots."
             )
             warnings.warn(msg, StfmWarning, stacklevel=stacklevel + 1)
 
