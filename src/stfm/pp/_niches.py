@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 _logger = get_logger(__name__)
 _SCALE_SPOTS = 1000  # spots around the middle that show the lattice of a library
+_GOLDEN = (5**0.5 - 1) / 2  # multiples of it, modulo 1, fill the unit interval evenly
 _OVERLAP = 0.01  # more spots than that on top of another are no rounding but sections laid over each other
 
 
@@ -173,7 +174,7 @@ def _middle(library: Library, coords: NDArray[np.float64]) -> Library:
     if n <= 2 * _SCALE_SPOTS:
         return library
     xy = coords[:, :2] if n == len(coords) else coords[library.rows, :2]
-    some = xy[:: max(1, n // 20_000)]
+    some = xy[(np.arange(20_000) * _GOLDEN % 1.0 * n).astype(np.intp)]  # even steps would fall into a few columns
     center = np.median(some, axis=0)
     reach = np.quantile(np.abs(some - center).max(axis=1), _SCALE_SPOTS / n)
     near = np.flatnonzero((xy[:, 0] >= center[0] - reach) & (xy[:, 0] <= center[0] + reach))

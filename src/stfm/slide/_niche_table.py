@@ -9,11 +9,13 @@ import numpy as np
 import scipy.sparse as sp
 
 from stfm._errors import InputError
+from stfm.slide._threads import n_threads, run
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
 _MAX_ENTRIES = 2**31  # of one table
+_INLINE = 2**20  # entries that are copied faster than threads start
 
 
 @dataclass(frozen=True)
@@ -73,8 +75,14 @@ class NicheTable:
         else:
             indptr = np.concatenate([[0], np.cumsum(there.sum(axis=1))]).astype(np.int32)
             indices, data = self.index[there], self.distance[there]
-        ones = np.ones(len(indices), np.float32)
-        return _csr(ones, indices.copy(), indptr.copy(), n), _csr(data, indices, indptr, n)
+        ones, columns = np.empty(len(indices), np.float32), np.empty_like(indices)
+
+        def fill(lo: int, hi: int) -> None:
+            ones[lo:hi] = 1.0
+            columns[lo:hi] = indices[lo:hi]
+
+        run(fill, len(indices), n_threads(), inline=_INLINE)
+        return _csr(ones, columns, indptr.copy(), n), _csr(data, indices, indptr, n)
 
     @classmethod
     def from_csr(cls, connectivities: sp.csr_matrix, distances: sp.csr_matrix) -> NicheTable:
