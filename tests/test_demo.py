@@ -12,7 +12,7 @@ import pytest
 import stfm
 from stfm.cli import _demo, _report, _tissue
 from stfm.cli._report import Report, Row
-from stfm.errors import InputError
+from stfm.errors import InputError, StfmWarning
 
 FIGURES = ("overview.png", "domains.png", "expression.png", "embedding.png", "training.png", "tiles.png")
 
@@ -74,3 +74,58 @@ def test_demo_leaves_figures_and_a_report(tmp_path: Path, monkeypatch: pytest.Mo
     assert 0 < report.ceiling <= 1
     assert {row.method for row in report.expression if row.ours} != set()
     assert set(saved["verdicts"]) == {"Spatial domains", "Expression from H&E"}
+
+
+@pytest.fixture(scope="module")
+def printed(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """``report.json`` of the demo as anybody runs it."""
+    folder = tmp_path_factory.mktemp("demo")
+    with stfm.settings.override(cache_dir=folder / "cache", offline=True):
+        _demo.run("toy", out=folder / "out", seed=0)
+    assert all((folder / "out" / name).is_file() for name in FIGURES)
+    return json.loads((folder / "out" / "report.json").read_text(encoding="utf-8"))
+
+
+def _scores(printed: dict, table: str) -> dict[str, float]:
+    return {row["method"]: row["value"] for row in printed[table]}
+
+
+@pytest.mark.slow
+def test_domains_of_the_demo_are_better_than_those_of_pca(printed: dict):
+    scores = _scores(printed, "domains")
+    pca = max(value for method, value in scores.items() if method.startswith("PCA of genes"))
+    assert scores["ST-Align"] > pca + 0.05
+    assert printed["verdicts"]["Spatial domains"].startswith(f"ST-Align ({scores['ST-Align']:.3f}) is ahead")
+
+
+@pytest.mark.slow
+def test_expression_of_the_demo_is_better_than_that_of_colours(printed: dict):
+    scores = _scores(printed, "expression")
+    ours = scores["ST-Align, ridge on its image features"]
+    assert ours > scores["ridge on colours around the spot"] + 0.03
+    assert ours < printed["ceiling"]
+    assert len(printed["genes"]) == 50
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("section", ["her2st:C2", "mob:1"])
+def test_demo_on_real_sections_needs_no_network(
+    shared_data: Path, section: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The public files are linked into a cache of its own: nothing is fetched, nothing is written beside them."""
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    for folder in (shared_data / "cache").iterdir():
+        (cache / folder.name).symlink_to(folder)
+    monkeypatch.setattr(_demo, "MODEL", "st-align-tiny")
+    before = {path: path.stat().st_mtime_ns for path in (shared_data / "cache").rglob("*")}
+    with (
+        stfm.settings.override(cache_dir=cache, offline=True),
+        pytest.warns(StfmWarning, match=r"^Patient '.*' is in the target and in what the model saw"),
+    ):
+        report = _demo.run(section, out=tmp_path / "out", seed=0)
+    assert before == {path: path.stat().st_mtime_ns for path in (shared_data / "cache").rglob("*")}
+    assert all((tmp_path / "out" / name).stat().st_size > 5000 for name in FIGURES)
+    assert report.domains == []  # no truth that the demo knows of
+    assert "same patient" in report.tissue
+    assert all(0.1 < row.value < report.ceiling for row in report.expression)
