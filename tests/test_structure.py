@@ -23,6 +23,7 @@ FLOORS = [
 SIDEWAYS = {
     ("corpus", "slide"),
     ("metrics", "slide"),
+    ("nn", "metrics"),
     ("models", "encoders"),
     ("models", "weights"),
     ("encoders", "weights"),

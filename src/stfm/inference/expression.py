@@ -15,7 +15,7 @@ import numpy as np
 
 from stfm._errors import DataIntegrityError, InputError, MissingKeyError
 from stfm._validate import check_choice, check_count, resolve_rng
-from stfm.inference._ridge import ALPHAS, RULES, Basis, Choice, choose, held_out, solve
+from stfm.nn.ridge import ALPHAS, RULES, Basis, Choice, choose, held_out, solve
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from stfm._validate import check_count, check_positive
-from stfm.inference._ridge import Basis, solve
 from stfm.metrics.expression import gene_pearson
+from stfm.nn.ridge import Basis, solve
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
 
-    from stfm.inference._ridge import Choice, Fold
+    from stfm.nn.ridge import Choice, Fold
 
 __all__ = ["MLPConfig", "correction", "fit_mlp"]
 

@@ -19,6 +19,7 @@ from stfm._settings import settings
 from stfm.inference.device import autocast, evaluating, resolve_device
 from stfm.inference.readahead import read_ahead
 from stfm.inference.stream import reading_order
+from stfm.models.inputs import SideBySide
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -69,11 +70,16 @@ def use_frozen_features(
         fingerprint = encoder_fingerprint(encoder)
         for one in inputs:
             if one.has_image:
-                features = image_features(
-                    one, encoder, level, batch_size=batch_size, device=device, precision=precision,
-                    cache=cache, fingerprint=fingerprint,
-                )  # fmt: skip
-                setattr(one, f"{level}_features", features)
+                contexts = one.spec.contexts_um if level == "spot" else ()
+                shown = [one.showing(size) for size in contexts] or [one]
+                tables = [
+                    image_features(
+                        each, encoder, level, batch_size=batch_size, device=device, precision=precision,
+                        cache=cache, fingerprint=fingerprint,
+                    )
+                    for each in shown
+                ]  # fmt: skip
+                setattr(one, f"{level}_features", SideBySide(tables) if contexts else tables[0])
 
 
 def image_features(

@@ -16,8 +16,9 @@ from stfm.encoders.build import build_encoder
 from stfm.encoders.registry import ENCODERS
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
+    from numpy.typing import NDArray
     from torch import Tensor
 
     from stfm.encoders.base import Encoder, GeneEncoder, ImageEncoder
@@ -123,6 +124,16 @@ def _build(choice: EncoderChoice, vocabulary: Vocabulary | None, *, pretrained: 
     )
 
 
+def sample_spots(slides: Sequence[SlideInputs], n_genes: int) -> Iterator[tuple[SlideInputs, NDArray[np.int64]]]:
+    """Yield each slide with positions of some of its spots, the same share of all, so many as memory allows."""
+    most = max(2, min(MAX_FIT_SPOTS, MAX_FIT_VALUES // n_genes))
+    share = min(1.0, most / max(1, sum(s.n_obs for s in slides)))
+    rng = np.random.default_rng(0)
+    for slide in slides:
+        size = min(slide.n_obs, max(2, int(share * slide.n_obs)))
+        yield slide, np.sort(rng.choice(slide.n_obs, size=size, replace=False)).astype(np.int64)
+
+
 def fit_gene_encoder(encoder: GeneEncoder, slides: Sequence[SlideInputs], *, niche: bool) -> None:
     """Fit scales and components on the spots (or niches) of the training slides, evenly sampled.
 
@@ -138,18 +149,13 @@ def fit_gene_encoder(encoder: GeneEncoder, slides: Sequence[SlideInputs], *, nic
     slides = [s for s in slides if s.has_gene]
     if not encoder.needs_fit or not slides:
         return
-    most = max(2, min(MAX_FIT_SPOTS, MAX_FIT_VALUES // encoder.n_genes))
-    share = min(1.0, most / max(1, sum(s.n_obs for s in slides)))
-    rng = np.random.default_rng(0)
     values: list[Tensor] = []
     masks: list[Tensor] = []
-    for slide in slides:
-        size = min(slide.n_obs, max(2, int(share * slide.n_obs)))
-        index = np.sort(rng.choice(slide.n_obs, size=size, replace=False)).astype(np.int64)
+    for slide, index in sample_spots(slides, encoder.n_genes):
         dense = slide.niche_expression(index) if niche else slide.expression(index)
         values.append(torch.from_numpy(dense))
         measured = np.ones(encoder.n_genes, dtype=bool) if slide.match is None else slide.match.mask
-        masks.append(torch.from_numpy(np.asarray(measured, dtype=bool)).expand(size, -1))
+        masks.append(torch.from_numpy(np.asarray(measured, dtype=bool)).expand(len(index), -1))
     mask = torch.cat(masks)
     device = next(encoder.buffers()).device
     # On the CPU: sums of many values are taken in 64 bits, which not every device has.

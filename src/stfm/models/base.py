@@ -42,6 +42,14 @@ class Embedding:
     niche: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Prediction:
+    """Expected log-normalised expression and its deviation, tensors ``(b, G)``."""
+
+    mean: Tensor
+    deviation: Tensor
+
+
 @dataclass
 class Seen:
     """What a model was trained on; evaluation on any of it is told."""
@@ -76,6 +84,19 @@ class Model(nn.Module, ABC):
 
     #: name of the family in the registry
     family: ClassVar[str]
+    #: stages of pretraining, in order
+    stages: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def stage(self) -> str | None:
+        """The stage that :meth:`losses` trains; None for a model that has none."""
+        return None
+
+    @stage.setter
+    def stage(self, stage: str) -> None:
+        msg = f"{self.family!r} is trained in one stage; it has no {stage!r}."
+        raise InputError(msg)
+
     config_class: ClassVar[type[Any]]
 
     def __init__(self, config: Any, vocabulary: Vocabulary | None, *, pretrained: bool = True) -> None:
@@ -101,6 +122,10 @@ class Model(nn.Module, ABC):
     @abstractmethod
     def embed(self, batch: Batch) -> Embedding:
         """Return the embedding of every spot; either modality may be missing."""
+
+    def layers(self) -> list[list[nn.Module]]:
+        """Return the parts from input to output, for learning rates that fall with depth; none by default."""
+        return []
 
     def fit_inputs(self, slides: Sequence[SlideInputs]) -> None:
         """Fit what is estimated from the training slides before the first step; nothing by default."""

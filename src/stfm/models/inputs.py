@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from stfm.slide.niches import NicheTable, niche_mean
 from stfm.slide.windows import window_table
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
     from scipy import sparse
@@ -119,9 +120,11 @@ class SlideInputs:
         if self.has_gene and slide.panel is not None and vocabulary is not None:
             self.match = match_genes(slide.panel, vocabulary, min_fraction=spec.min_fraction)
         #: features of a frozen encoder that stand in for tiles, float32 (n, f); set by ``inference.features``
-        self.spot_features: NDArray[np.float32] | None = None
-        self.niche_features: NDArray[np.float32] | None = None
-        self._feature_means: dict[str, NDArray[np.float64]] = {}
+        self.spot_features: NDArray[np.float32] | SideBySide | None = None
+        self.niche_features: NDArray[np.float32] | SideBySide | None = None
+        #: spots whose counts may be looked at, bool (n,); None: all
+        self.measured: NDArray[np.bool_] | None = None
+        self._feature_means: dict[str, NDArray[np.float32]] = {}
         if self.has_image:
             self._check_sizes()
 
@@ -129,6 +132,12 @@ class SlideInputs:
     def n_obs(self) -> int:
         """Number of spots."""
         return self.slide.n_obs
+
+    def showing(self, size_um: float) -> SlideInputs:
+        """Return the same with one spot tile of a size in µm in place of several."""
+        other = copy(self)
+        other.spec = replace(self.spec, spot_um=size_um, contexts_um=())
+        return other
 
     def tile_um(self, level: str) -> float:
         """Return the side in µm of the ``"spot"`` or the ``"niche"`` tile."""
@@ -164,16 +173,17 @@ class SlideInputs:
         """Return the spots at some positions of the slide, or the windows around them, as a batch of CPU tensors."""
         index = np.asarray(indices, dtype=np.int64)
         if self.spec.window is None:
-            return self._spots(index)
+            return self.spots(index)
         table = self.windows[index]
         there = table >= 0
         # A spot of several windows is read and encoded once.
         spots, place = np.unique(table[there], return_inverse=True)
         local = np.full(table.shape, -1, dtype=np.int64)
         local[there] = place
-        return replace(self._spots(spots.astype(np.int64)), window=torch.from_numpy(local))
+        return replace(self.spots(spots.astype(np.int64)), window=torch.from_numpy(local))
 
-    def _spots(self, index: NDArray[np.int64]) -> Batch:
+    def spots(self, index: NDArray[np.int64]) -> Batch:
+        """Return the spots at some positions of the slide by themselves."""
         spot_features, spot_tiles = self._image(index, "spot")
         niche_features, niche_tiles = self._image(index, "niche")
         counts = self.expression(index) if self.has_gene and self.spec.counts else None
@@ -188,6 +198,7 @@ class SlideInputs:
             counts=None if counts is None else torch.from_numpy(counts),
             niche_counts=None if niche_counts is None else torch.from_numpy(niche_counts),
             totals=None if totals is None else torch.from_numpy(np.asarray(totals, dtype=np.float32)),
+            measured=None if counts is None or self.measured is None else torch.from_numpy(self.measured[index]),
             gene_mask=self._gene_mask(len(index)),
             xy_um=torch.from_numpy(self.slide.coords[index].astype(np.float32)),
             slide_id=torch.full((len(index),), self.slide_id, dtype=torch.int64),
@@ -196,7 +207,7 @@ class SlideInputs:
         )
 
     def tiles(self, indices: NDArray[np.int64], level: str) -> NDArray[np.uint8]:
-        """Return ``"spot"`` or ``"niche"`` tiles, uint8 ``(b, px, px, 3)``; of several contexts ``(b, c, px, px, 3)``."""
+        """Return ``"spot"`` or ``"niche"`` tiles, uint8 ``(b, px, px, 3)``, or ``(b, c, px, px, 3)`` of c contexts."""
         px = self.spec.spot_px if level == "spot" else self.spec.niche_px
         if self.slide.tiles is None or px is None:
             msg = f"slide {self.slide.name!r}: the model or the slide has no {level} tiles."
@@ -289,15 +300,21 @@ class SlideInputs:
             return None, None
         if features is not None:
             chosen = np.ascontiguousarray(features[index])
-            return torch.from_numpy(chosen - self._mean_features(level) if "image" in self.spec.centre else chosen), None
+            if "image" in self.spec.centre:
+                chosen = chosen - self._mean_features(level)
+            return torch.from_numpy(chosen), None
         tiles = self.tiles(index, level)
         return None, torch.from_numpy(tiles).movedim(-1, -3)
 
     def _mean_features(self, level: str) -> NDArray[np.float32]:
         if level not in self._feature_means:
             features = self.spot_features if level == "spot" else self.niche_features
-            self._feature_means[level] = np.asarray(features, dtype=np.float32).mean(axis=0, dtype=np.float64)
-        return self._feature_means[level].astype(np.float32)
+            if features is None:
+                msg = f"slide {self.slide.name!r} has no {level} features to take the mean of."
+                raise InputError(msg)
+            read = features.__getitem__
+            self._feature_means[level] = self._mean_of(read)
+        return self._feature_means[level]
 
     def _gene_mask(self, n: int) -> torch.Tensor | None:
         if self.match is None or self.match.n_matched == self.match.n_vocabulary:
@@ -310,6 +327,30 @@ class SlideInputs:
                 self.tile_um(level)
 
 
+class SideBySide:
+    """Tables of features side by side, of which rows are read; tables on disk stay there.
+
+    Parameters
+    ----------
+    parts
+        Tables with the same rows.
+    """
+
+    def __init__(self, parts: Sequence[NDArray[np.float32]]) -> None:
+        self.parts = list(parts)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+        return len(self.parts[0]), sum(part.shape[1] for part in self.parts)
+
+    def __getitem__(self, index: Any) -> NDArray[np.float32]:
+        return np.concatenate([part[index] for part in self.parts], axis=1)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[np.float32]:  # noqa: FBT001 (NumPy's)
+        return np.asarray(self[:], dtype=dtype)
+
+
 def collate(parts: list[Batch]) -> Batch:
     """Join batches of several slides; what one of them lacks is left out of all, gene masks are filled in."""
     if len(parts) == 1:
@@ -319,6 +360,8 @@ def collate(parts: list[Batch]) -> Batch:
         tensors = [getattr(part, name) for part in parts]
         if name == "gene_mask":
             joined[name] = _join_masks(parts)
+        elif name == "measured":
+            joined[name] = _join_measured(parts)
         elif name == "niche_index":
             joined[name] = _join_padded(tensors)
         elif name == "window":
@@ -342,6 +385,12 @@ def _join_masks(parts: list[Batch]) -> torch.Tensor | None:
     width = next(part.gene_mask.shape[1] for part in parts if part.gene_mask is not None)
     full = [torch.ones(p.n_rows, width, dtype=torch.bool) if p.gene_mask is None else p.gene_mask for p in parts]
     return torch.cat(full)
+
+
+def _join_measured(parts: list[Batch]) -> torch.Tensor | None:
+    if all(part.measured is None for part in parts):
+        return None
+    return torch.cat([torch.ones(p.n_rows, dtype=torch.bool) if p.measured is None else p.measured for p in parts])
 
 
 def _join_padded(tensors: list[torch.Tensor | None]) -> torch.Tensor | None:

@@ -49,7 +49,7 @@ class ModelSpec:
 
 
 def _load_builtin() -> None:
-    for module in ("st_align", "contrastive", "storm_multibranch"):
+    for module in ("st_align", "contrastive", "storm", "storm_multibranch"):
         import_module(f"stfm.models.{module}").register(MODELS)
 
 

@@ -1,4 +1,4 @@
-"""Attention with an additive bias, and blocks in which modalities share attention and keep feed-forwards of their own."""
+"""Attention with an additive bias; blocks in which modalities share attention and keep their own feed-forwards."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class DistanceBias(nn.Module):
         """
         # Differences instead of torch.cdist, which goes through a matrix product and rounds small distances away.
         distance = (xy_um[:, :, None] - xy_um[:, None]).float().square().sum(dim=-1).sqrt()
-        bias = -self.log_slopes.exp()[:, None, None] * (distance / self.unit_um)[:, None]
+        bias: Tensor = -self.log_slopes.exp()[:, None, None] * (distance / self.unit_um)[:, None]
         return bias if padding is None else mask_keys(bias, padding)
 
 
@@ -109,7 +109,8 @@ class Attention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         bias = None if bias is None else bias.to(q.dtype)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
-        return self.out(out.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+        mixed: Tensor = self.out(out.transpose(1, 2).flatten(2))
+        return mixed
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
@@ -206,7 +207,8 @@ class ExpertBlock(nn.Module):
             self.experts[min(e, len(self.experts) - 1)](self.expert_norms[min(e, len(self.experts) - 1)](part))
             for e, part in zip(experts, x.split(list(sizes), dim=1), strict=True)
         ]
-        return x + self.drop_path(torch.cat(branch, dim=1))
+        out: Tensor = x + self.drop_path(torch.cat(branch, dim=1))
+        return out
 
     @staticmethod
     def _each(modules: nn.ModuleList, x: Tensor, experts: Sequence[int], sizes: Sequence[int]) -> Tensor:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
 
 _IMAGE = ("spot_tiles", "niche_tiles", "spot_features", "niche_features")
-_GENE = ("counts", "niche_counts", "totals", "gene_mask")
+_GENE = ("counts", "niche_counts", "totals", "measured", "gene_mask")
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,8 @@ class Batch:
         The same of the niche's mean counts (ST-Align, eq. 2), float32 ``(b, G)``.
     totals
         Counts of the spot over all measured genes, float32 ``(b,)``.
+    measured
+        Whether the counts of a spot may be looked at, bool ``(b,)``; None where all may.
     gene_mask
         Which genes were measured, bool ``(b, G)``; None where all were.
     xy_um
@@ -56,6 +58,7 @@ class Batch:
     counts: Tensor | None = None
     niche_counts: Tensor | None = None
     totals: Tensor | None = None
+    measured: Tensor | None = None
     gene_mask: Tensor | None = None
     xy_um: Tensor | None = None
     slide_id: Tensor | None = None

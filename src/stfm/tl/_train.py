@@ -11,7 +11,7 @@ import torch
 
 from stfm._errors import InputError, StfmWarning, WrongTypeError
 from stfm._keys import SPATIAL
-from stfm._validate import resolve_rng
+from stfm._validate import check_choice, resolve_rng
 from stfm.inference.features import use_frozen_features
 from stfm.models.base import Model
 from stfm.models.registry import create, load
@@ -40,6 +40,7 @@ def train(
     data: Any,
     model: str | Model | Any = "st-align-small",
     *,
+    stage: str | None = None,
     config: Mapping[str, Any] | None = None,
     genes: Genes = 2000,
     recipe: Recipe | str | None = None,
@@ -76,6 +77,9 @@ def train(
         AnnData (one library or many), the path of an ``.h5ad`` file, a Slide, or a list of these.
     model
         Name of :func:`stfm.models.list_models`, a configuration, or a model (a copy of it is trained further).
+    stage
+        Of a model that is pretrained in stages (``storm``, ``storm-multibranch``): ``"mask"``, ``"align"``, or
+        ``"both"`` one after the other, the default.
     config
         Fields of the configuration to change, for example ``{"lambda1": 0.5}``.
     genes
@@ -158,19 +162,35 @@ def train(
     def prepare(one: Model, inputs: Sequence[SlideInputs]) -> None:
         use_frozen_features(one, inputs, device=kind, cache=cache_features)
 
-    return fit(
-        made,
-        kept,
-        plan.replace(precision=resolve_precision(plan.precision, kind)),
-        validation=held,
-        prepare=prepare,
-        fit_inputs=made.history is None,
-        resume=resume,
-        checkpoint_dir=checkpoint_dir,
-        seed=seed,
-        accelerator=kind,
-        devices=devices,
-    )
+    for one in _stages(made, stage):
+        if one is not None:
+            made.stage = one
+        fit(
+            made,
+            kept,
+            plan.replace(precision=resolve_precision(plan.precision, kind)),
+            validation=held,
+            prepare=prepare,
+            fit_inputs=made.history is None,
+            resume=resume,
+            checkpoint_dir=checkpoint_dir if one is None or checkpoint_dir is None else Path(checkpoint_dir) / one,
+            seed=seed,
+            accelerator=kind,
+            devices=devices,
+        )
+    return made
+
+
+def _stages(model: Model, stage: str | None) -> tuple[str | None, ...]:
+    """Return the stages to train in turn; (None,) for a model that has none."""
+    if not model.stages:
+        if stage is not None:
+            msg = f"stage={stage!r} has no meaning for {model.family!r}, which is trained in one stage; leave it out."
+            raise InputError(msg)
+        return (None,)
+    if stage in (None, "both"):
+        return model.stages
+    return (check_choice("stage", stage, (*model.stages, "both")),)
 
 
 def _start(model: Any, init: Model | str | Path | None, config: Mapping[str, Any] | None) -> tuple[Model | None, str]:

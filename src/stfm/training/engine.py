@@ -100,12 +100,12 @@ def fit(
     slides = [*train, *validation]
     inputs = [SlideInputs(slide, model.inputs, model.vocabulary, slide_id=i) for i, slide in enumerate(slides)]
     check_alike(inputs)
-    if fit_inputs:
-        model.fit_inputs(inputs[: len(train)])
     run = _run_record(model, train, validation, recipe, seed)
     start = _checkpoint(folder, run, resume=resume)
     if prepare is not None:
         prepare(model, inputs)
+    if fit_inputs:
+        model.fit_inputs(inputs[: len(train)])
     keep_tiles(inputs, recipe.cache_gb)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -134,6 +134,8 @@ def _finished(
         model.load_state_dict(journal.best_weights, strict=False)
     before = model.history
     rows = pd.DataFrame(journal.rows)
+    if model.stage is not None:
+        rows.insert(0, "stage", model.stage)
     model.history = rows if before is None or before.empty else pd.concat([before, rows], ignore_index=True)
     # Validation slides chose the weights, so they too are no test of them.
     model.seen.add([*train, *validation])
@@ -218,6 +220,7 @@ def _run_record(
         "genes": hashlib.sha256(genes.encode()).hexdigest(),
         "recipe": recipe.to_dict(),
         "seed": seed,
+        "stage": model.stage,
         "train": [[s.name, s.n_obs] for s in train],
         "validation": [[s.name, s.n_obs] for s in validation],
     }

@@ -127,14 +127,14 @@ class TrainingModule(pl.LightningModule):
         """Set learning rate and weight decay of the step (functions of its number: nothing to restore)."""
         lr, weight_decay = self.rates(self.trainer.global_step)
         for group in self.optimizers(use_pl_optimizer=False).param_groups:  # type: ignore[union-attr]
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_scale"]
             group["weight_decay"] = weight_decay if group["decays"] else 0.0
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return AdamW or Adam over what is trained."""
         recipe = self.recipe
         lr, weight_decay = self.rates(0)
-        groups = parameter_groups(self.model, decay_all=recipe.decay_all)
+        groups = parameter_groups(self.model, decay_all=recipe.decay_all, layer_decay=recipe.layer_decay)
         for group in groups:
             group["weight_decay"] = weight_decay if group["decays"] else 0.0
         kind = torch.optim.AdamW if recipe.optimizer == "adamw" else torch.optim.Adam
@@ -173,8 +173,8 @@ class TrainingModule(pl.LightningModule):
         )
 
 
-def parameter_groups(model: nn.Module, *, decay_all: bool = False) -> list[dict[str, Any]]:
-    """Return what is trained in two groups: decayed (matrices), and not (biases, norms, temperatures).
+def parameter_groups(model: Model, *, decay_all: bool = False, layer_decay: float = 1.0) -> list[dict[str, Any]]:
+    """Return what is trained in groups: decayed (matrices), and not (biases, norms, temperatures).
 
     Parameters
     ----------
@@ -182,15 +182,24 @@ def parameter_groups(model: nn.Module, *, decay_all: bool = False) -> list[dict[
         The model; frozen parameters are left out.
     decay_all
         Decay everything.
+    layer_decay
+        Factor of the learning rate from one layer of ``model.layers()`` to the one before it; what is in none of them
+        (heads and decoders) has the whole rate.
 
     Returns
     -------
-    Groups for an optimiser, each with a flag ``"decays"``.
+    Groups for an optimiser, each with a flag ``"decays"`` and ``"lr_scale"``.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     if not trained:
         msg = "All parameters of the model are frozen; there is nothing to train."
         raise InputError(msg)
-    decayed = [p for p in trained if decay_all or p.ndim >= 2]
-    spared = [p for p in trained if not (decay_all or p.ndim >= 2)]
-    return [{"params": ps, "decays": flag} for ps, flag in ((decayed, True), (spared, False)) if ps]
+    layers = model.layers() if layer_decay < 1 else []
+    scale = {
+        id(p): layer_decay ** (len(layers) - i)
+        for i, parts in enumerate(layers) for part in parts for p in part.parameters()
+    }  # fmt: skip
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    for p in trained:
+        groups.setdefault((decay_all or p.ndim >= 2, scale.get(id(p), 1.0)), []).append(p)
+    return [{"params": ps, "decays": flag, "lr_scale": factor} for (flag, factor), ps in groups.items()]

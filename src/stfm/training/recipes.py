@@ -19,7 +19,7 @@ _CHOICES = {
     "precision": ("auto", "fp32", "bf16"),
     "keep": ("best", "last"),
 }
-_SHARES = ("min_lr_ratio", "validation_fraction", "stain_jitter", "count_thinning", "gene_dropout")
+_SHARES = ("min_lr_ratio", "layer_decay", "validation_fraction", "stain_jitter", "count_thinning", "gene_dropout")
 _COUNTS = ("epochs", "max_steps", "batch_size", "accumulate", "patience", "checkpoint_every")
 
 
@@ -47,6 +47,8 @@ class Recipe:
         Highest learning rate.
     min_lr_ratio
         Last learning rate as a share of ``lr``.
+    layer_decay
+        Factor by which the learning rate falls from one layer of the model to the one before it; 1 is the same for all.
     warmup
         Length of the linear warm-up: a share of all steps below 1, a number of steps from 1 on.
     weight_decay
@@ -92,6 +94,7 @@ class Recipe:
     optimizer: Literal["adamw", "adam"] = "adamw"
     lr: float = 5e-4
     min_lr_ratio: float = 0.0
+    layer_decay: float = 1.0
     warmup: float = 0.1
     weight_decay: float = 0.04
     weight_decay_end: float = 0.4
@@ -173,6 +176,24 @@ RECIPES: dict[str, Recipe] = {
     "paper": Recipe(batch_size=512, clip_grad_norm=None, decay_all=True, flips=False),
     "small": Recipe(epochs=30, max_steps=50, batch_size=256, lr=1e-3, gene_dropout=0.2),
     "tiny": Recipe(epochs=20, max_steps=60, batch_size=128, lr=2e-3, gene_dropout=0.2),
+    # STORM's own (FACTS of its paper: 40 of 1000 epochs of warm-up); its small sizes are ours.
+    "storm": Recipe(
+        epochs=1000,
+        batch_size=1024,
+        lr=1e-4,
+        weight_decay=0.05,
+        weight_decay_end=0.05,
+        warmup=0.04,
+        layer_decay=0.7,
+    ),
+    "storm-small": Recipe(
+        epochs=12,
+        batch_size=64,
+        lr=1e-3,
+        weight_decay=0.05,
+        weight_decay_end=0.05,
+        layer_decay=1.0,
+    ),
     # The baselines as in the code of STimage-1K4M: Adam, constant weight decay, no warm-up.
     "contrastive": Recipe(
         epochs=15,
@@ -194,6 +215,10 @@ RECIPES: dict[str, Recipe] = {
 def recipe_for(model_name: str) -> Recipe:
     """Return the recipe that fits a model by its registered name (its size, or the baselines' own)."""
     name = model_name.lower()
+    if name in {"storm", "storm-paper"}:
+        return RECIPES["storm"]
+    if name in {"storm-small", "storm-tiny"}:
+        return RECIPES["storm-small"]
     for size in ("tiny", "small"):
         if name.endswith(f"-{size}"):
             return RECIPES[size]

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from stfm._validate import check_choice, check_count
 from stfm.encoders.base import GeneEncoder
-from stfm.encoders.gene.pca import leading_components
 from stfm.encoders.gene.scaling import GeneScaler
 from stfm.nn.pooling import TokenPooling
+from stfm.nn.principal import leading_components
 from stfm.nn.transformer import TransformerEncoder
 
 if TYPE_CHECKING:

@@ -56,16 +56,30 @@ class FeedForward(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))  # type: ignore[no-any-return]
 
 
+class GatedFeedForward(nn.Module):
+    """SwiGLU with gate and value packed into one map: ``fc2(silu(gate) value)``."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, 2 * hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``(b, t, d)``."""
+        gate, value = self.fc1(x).chunk(2, dim=-1)
+        return self.fc2(F.silu(gate) * value)  # type: ignore[no-any-return]
+
+
 class Block(nn.Module):
     """Pre-norm block, its branches scaled when ``layer_scale`` is given."""
 
-    def __init__(self, width: int, heads: int, hidden: int, layer_scale: float | None) -> None:
+    def __init__(self, width: int, heads: int, hidden: int, layer_scale: float | None, *, gated: bool) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
         self.attn = Attention(width, heads)
         self.ls1 = nn.Identity() if layer_scale is None else LayerScale(width, layer_scale)
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
-        self.mlp = FeedForward(width, hidden)
+        self.mlp = GatedFeedForward(width, hidden) if gated else FeedForward(width, hidden)
         self.ls2 = nn.Identity() if layer_scale is None else LayerScale(width, layer_scale)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -97,6 +111,11 @@ class VisionTransformer(nn.Module):
         Of the transformer.
     layer_scale
         Start of LayerScale, or None.
+    registers
+        Tokens beside the class token that hold nothing of their own (DINOv2 with registers); the table of positions
+        then leaves out the class token.
+    gated
+        SwiGLU for the feed-forward; ``hidden`` is the width after the gate.
     """
 
     def __init__(
@@ -109,16 +128,19 @@ class VisionTransformer(nn.Module):
         heads: int,
         hidden: int,
         layer_scale: float | None,
+        registers: int = 0,
+        gated: bool = False,
     ) -> None:
         super().__init__()
         if image_px % patch or width % heads:
             msg = f"image_px must be a multiple of patch and width of heads: {image_px}, {patch}, {width}, {heads}."
             raise InputError(msg)
-        n_tokens = (image_px // patch) ** 2 + 1
+        n_tokens = (image_px // patch) ** 2 + (registers == 0)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.reg_token = nn.Parameter(torch.zeros(1, registers, width)) if registers else None
         self.pos_embed = nn.Parameter(torch.zeros(1, n_tokens, width))
         self.patch_embed = PatchEmbed(patch, width)
-        self.blocks = nn.ModuleList(Block(width, heads, hidden, layer_scale) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(width, heads, hidden, layer_scale, gated=gated) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         nn.init.trunc_normal_(self.cls_token, std=0.02)
@@ -130,7 +152,11 @@ class VisionTransformer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return ``(b, width)``."""
         x = self.patch_embed(x)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed
+        first = self.cls_token.expand(len(x), -1, -1)
+        if self.reg_token is None:
+            x = torch.cat([first, x], dim=1) + self.pos_embed
+        else:
+            x = torch.cat([first, self.reg_token.expand(len(x), -1, -1), x + self.pos_embed], dim=1)
         for block in self.blocks:
             x = block(x)
         return self.norm(x[:, 0])  # type: ignore[no-any-return]
@@ -149,6 +175,8 @@ def vit(
     heads: int = 16,
     hidden: int | None = None,
     layer_scale: float | None = 1e-5,
+    registers: int = 0,
+    gated: bool = False,
 ) -> ImageEncoder:
     """Build a vision transformer; options as in :class:`VisionTransformer` (``hidden`` is four times the width)."""
     backbone = VisionTransformer(
@@ -159,5 +187,7 @@ def vit(
         heads=heads,
         hidden=hidden or 4 * width,
         layer_scale=layer_scale,
+        registers=registers,
+        gated=gated,
     )
     return ImageEncoder(spec, backbone, width=width)

@@ -1,0 +1,93 @@
+"""What STORM takes from the training slides before its first step."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stfm.models._slots import sample_spots
+from stfm.models._storm_linear import window_features
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from stfm.models._storm_linear import WindowRegression
+    from stfm.models._storm_tokens import FeatureScaler, ImageTokens
+    from stfm.models.inputs import SlideInputs
+    from stfm.nn.gene_table import GeneTable
+
+_BATCH = 256
+#: spots that a table of image features is fitted on
+_MAX_SPOTS = 20_000
+
+
+def fit_table(table: GeneTable, slides: Sequence[SlideInputs]) -> float:
+    """Fit the gene table on a sample of the spots; return the median of their totals."""
+    values, masks, totals = [], [], []
+    for slide, index in sample_spots(slides, len(table.known)):
+        batch = slide.spots(index)
+        if batch.counts is None or batch.totals is None:
+            continue
+        values.append(batch.counts)
+        totals.append(batch.totals)
+        masks.append(torch.ones_like(batch.counts, dtype=torch.bool) if batch.gene_mask is None else batch.gene_mask)
+    mask, total = torch.cat(masks), torch.cat(totals)
+    device = table.embedding.device
+    table.cpu().fit(torch.cat(values), total, None if bool(mask.all()) else mask)
+    table.to(device)
+    return float(total.median())
+
+
+def fit_image_scale(image: ImageTokens, slides: Sequence[SlideInputs]) -> None:
+    """Fit scale and components of the features of a frozen encoder; a trained one keeps running statistics."""
+    if not image.encoder.frozen:
+        return
+    shown = [slide for slide in slides if slide.has_image]
+    if shown:
+        share = min(1.0, _MAX_SPOTS / sum(slide.n_obs for slide in shown))
+        picked = [(slide, _evenly(slide.n_obs, share)) for slide in shown]
+        scaler: FeatureScaler = image.scaler  # type: ignore[assignment]
+        scaler.fit(torch.cat([_raw(image, slide, index) for slide, index in picked]))
+
+
+def fit_window_regression(linear: WindowRegression, image: ImageTokens, slides: Sequence[SlideInputs]) -> None:
+    """Fit the regression from window features to expression on the slides that have both."""
+    shown = [slide for slide in slides if slide.has_image]
+    if not shown or not image.encoder.frozen:
+        return
+    share = min(1.0, _MAX_SPOTS / sum(slide.n_obs for slide in shown))
+    x, y, coords = [], [], []
+    for slide in shown:
+        index = _evenly(slide.n_obs, share)
+        scaled = image.scaler(_raw(image, slide, np.arange(slide.n_obs)))
+        window = torch.from_numpy(slide.windows[index].astype(np.int64))
+        rows = window.clamp_min(0)
+        xy = torch.from_numpy(slide.slide.coords.astype(np.float32))
+        x.append(window_features(scaled[rows], xy[rows], window >= 0))
+        y.append(torch.from_numpy(slide.expression(index)))
+        coords.append(slide.slide.coords[index])
+    linear.fit(x, y, coords)
+
+
+def _evenly(n: int, share: float) -> NDArray[np.int64]:
+    """Return positions spread evenly over a slide."""
+    return np.unique(np.linspace(0, n - 1, max(2, int(share * n))).astype(np.int64))
+
+
+@torch.no_grad()
+def _raw(image: ImageTokens, slide: SlideInputs, index: NDArray[np.int64]) -> Tensor:
+    """Return raw features of some spots: those that are kept, else computed."""
+    parts = []
+    for start in range(0, len(index), _BATCH):
+        batch = slide.spots(index[start : start + _BATCH])
+        if batch.spot_features is not None:
+            parts.append(batch.spot_features)
+        elif batch.spot_tiles is not None:
+            device = image.encoder.mean.device
+            parts.append(image.encode(batch.spot_tiles.to(device)).cpu())
+    return torch.cat(parts)

@@ -1,0 +1,152 @@
+"""STORM's spatial level: windows of spots, masks, the encoder and the decoders."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from stfm.nn.attention import DistanceBias, ExpertBlock, mask_keys
+
+if TYPE_CHECKING:
+    from stfm.models.storm_config import STORMConfig
+
+#: order of the modalities, and of their experts
+MODALITIES = ("image", "gene")
+
+
+@dataclass(frozen=True)
+class Shown:
+    """Where the windows have spots, and which tokens of each modality are shown, bool ``(b, w)``."""
+
+    present: Tensor
+    image: Tensor
+    gene: Tensor
+
+    def of(self, modality: str) -> Tensor:
+        """Return those of a modality."""
+        return self.image if modality == "image" else self.gene
+
+
+def draw_masks(present: Tensor, image: Tensor, gene: Tensor, *, n_visible: int, cross_share: float) -> Shown:
+    """Draw which tokens of each window are shown.
+
+    In most windows ``n_visible`` spots of each modality by itself; in a share of them all of H&E and the counts of 0 to
+    ``n_visible`` spots.
+
+    Parameters
+    ----------
+    present
+        Where there is a spot, bool ``(b, w)``.
+    image, gene
+        Where there is a token, bool ``(b, w)``.
+    n_visible, cross_share
+        See :class:`~stfm.models.storm_config.STORMConfig`.
+    """
+    windows = len(image)
+    few = {"image": _some(image, n_visible), "gene": _some(gene, n_visible)}
+    cross = (torch.rand(windows, 1, device=image.device) < cross_share) & image.any(dim=1, keepdim=True)
+    limit = torch.randint(0, n_visible + 1, (windows, 1), device=image.device)
+    return Shown(present, torch.where(cross, image, few["image"]), torch.where(cross, _some(gene, limit), few["gene"]))
+
+
+def _some(present: Tensor, n: int | Tensor) -> Tensor:
+    """Choose ``n`` of the present tokens of each window."""
+    order = torch.rand(present.shape, device=present.device).masked_fill(~present, 2.0)
+    return (order.argsort(dim=1).argsort(dim=1) < n) & present
+
+
+class SpatialEncoder(nn.Module):
+    """Blocks over the tokens of both modalities of a window, with distance bias and one feed-forward a modality.
+
+    Parameters
+    ----------
+    config
+        Width, depth, heads, experts and distance bias.
+    """
+
+    def __init__(self, config: STORMConfig) -> None:
+        super().__init__()
+        self.modality = nn.Parameter(torch.randn(len(MODALITIES), config.width) * 0.02)
+        self.distance = DistanceBias(config.heads, unit_um=config.distance_unit_um, learned=config.learn_slopes)
+        self.use_distance = config.distance_bias and config.ablation != "no-distance"
+        shared = config.shared_experts or config.ablation == "shared-experts"
+        rates = torch.linspace(0, config.drop_path, config.depth).tolist()
+        self.blocks = nn.ModuleList(
+            ExpertBlock(
+                config.width,
+                config.heads,
+                int(config.width * config.mlp_ratio),
+                n_experts=1 if shared else len(MODALITIES),
+                dropout=config.dropout,
+                drop_path=rate,
+            )
+            for rate in rates
+        )
+        self.norms = nn.ModuleList(nn.LayerNorm(config.width) for _ in MODALITIES)
+
+    def bias(self, xy_um: Tensor) -> Tensor:
+        """Return the bias between the spots of each window, ``(b, h, w, w)``; zero without distance bias."""
+        return self.distance(xy_um if self.use_distance else torch.zeros_like(xy_um))  # type: ignore[no-any-return]
+
+    def forward(self, tokens: dict[str, Tensor], shown: Shown, bias: Tensor) -> dict[str, Tensor]:
+        """Return encoded tokens of each modality that is there, ``(b, w, d)``; only shown tokens are attended to."""
+        names = [name for name in MODALITIES if name in tokens]
+        experts = [MODALITIES.index(name) for name in names]
+        x = torch.cat([tokens[n] + self.modality[e] for n, e in zip(names, experts, strict=True)], dim=1)
+        hidden = torch.cat([~shown.of(name) for name in names], dim=1)
+        tiled = mask_keys(bias.repeat(1, 1, len(names), len(names)), hidden)
+        sizes = [tokens[name].shape[1] for name in names]
+        for block in self.blocks:
+            x = block(x, experts, sizes, bias=tiled)
+        parts = x.split(sizes, dim=1)
+        return {n: self.norms[e](part) for n, e, part in zip(names, experts, parts, strict=True)}
+
+
+class Decoder(nn.Module):
+    """A light decoder of one modality: MLP and blocks over the encoded tokens, mask tokens in the hidden places.
+
+    Parameters
+    ----------
+    config
+        Width, heads and number of blocks.
+    modality
+        What it writes.
+    out_width
+        Width of what it writes.
+    """
+
+    def __init__(self, config: STORMConfig, modality: str, out_width: int) -> None:
+        super().__init__()
+        d = config.width
+        self.modality = modality
+        self.mask_token = nn.Parameter(torch.zeros(d))
+        self.source = nn.Parameter(torch.randn(2, d) * 0.02)  # own and other modality
+        self.enter = nn.Sequential(nn.Linear(d, d), nn.GELU(), nn.Linear(d, d))
+        self.blocks = nn.ModuleList(
+            ExpertBlock(d, config.heads, int(d * config.mlp_ratio), n_experts=1, dropout=config.dropout)
+            for _ in range(config.decoder_depth)
+        )
+        self.norm = nn.LayerNorm(d)
+        self.out = nn.Linear(d, out_width)
+
+    def forward(self, encoded: dict[str, Tensor], shown: Shown, bias: Tensor, *, middle: bool = False) -> Tensor:
+        """Return ``(b, w, out_width)``, or of the middle of each window alone ``(b, 1, out_width)``."""
+        like = next(iter(encoded.values()))
+        own, seen = encoded.get(self.modality), shown.of(self.modality)[..., None]
+        entered = like.new_zeros(like.shape) if own is None else self.enter(own)
+        parts = [torch.where(seen, entered, self.mask_token.to(entered.dtype)) + self.source[0]]
+        hidden = [~shown.present]
+        for name, tokens in encoded.items():
+            if name != self.modality:
+                parts.append(self.enter(tokens) + self.source[1])
+                hidden.append(~shown.of(name))
+        x = torch.cat(parts, dim=1)
+        sizes = [x.shape[1]]
+        tiled = mask_keys(bias.repeat(1, 1, len(parts), len(parts)), torch.cat(hidden, dim=1))
+        for block in self.blocks:
+            x = block(x, [0], sizes, bias=tiled)
+        written = x[:, : 1 if middle else seen.shape[1]]
+        return self.out(self.norm(written))  # type: ignore[no-any-return]

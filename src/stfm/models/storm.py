@@ -1,0 +1,366 @@
+"""STORM: H&E and expression of spots in windows of neighbours, learned by masking, then aligned."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stfm._errors import InputError
+from stfm._validate import check_choice
+from stfm.models._slots import build_gene, build_image, check_batch, fit_gene_encoder
+from stfm.models._storm_fit import fit_image_scale, fit_table, fit_window_regression
+from stfm.models._storm_linear import WindowRegression, window_features
+from stfm.models._storm_spatial import Decoder, Shown, SpatialEncoder, draw_masks
+from stfm.models._storm_tokens import ImageTokens
+from stfm.models.base import Embedding, Model, Prediction
+from stfm.models.inputs import InputSpec
+from stfm.models.storm_config import PRESETS, STAGES, STORMConfig
+from stfm.nn.counts import gaussian_nll
+from stfm.nn.gene_table import GeneTable
+from stfm.nn.losses import Temperature, contrastive_loss
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from stfm._registry import Registry
+    from stfm.models.inputs import SlideInputs
+    from stfm.models.registry import ModelSpec
+    from stfm.nn.batch import Batch
+    from stfm.slide.genes import Vocabulary
+
+
+@dataclass(frozen=True)
+class Windows:
+    """The windows of a batch.
+
+    Attributes
+    ----------
+    rows
+        Row of the batch in each place, int64 ``(b, w)``; 0 where there is no spot.
+    present, image, gene
+        Where there is a spot, H&E of it, counts of it, bool ``(b, w)``.
+    tokens
+        Tokens of the modalities that are there, ``(b, w, d)``.
+    features
+        Scaled image features of the batch's rows, ``(n, f)``, or None.
+    xy_um
+        Coordinates, ``(b, w, 2)`` or ``(b, w, 3)``.
+    bias
+        Distance bias, ``(b, h, w, w)``.
+    """
+
+    rows: Tensor
+    present: Tensor
+    image: Tensor
+    gene: Tensor
+    tokens: dict[str, Tensor]
+    features: Tensor | None
+    xy_um: Tensor
+    bias: Tensor
+
+    def shown(self, *, image: bool = True, gene: bool = True) -> Shown:
+        """Return a mask that shows all of some modalities."""
+        none = torch.zeros_like(self.present)
+        return Shown(self.present, self.image if image else none, self.gene if gene else none)
+
+
+class STORM(Model):
+    """STORM (Stanford), section 2.1 of the facts: spot level, then spatial level.
+
+    A spot is one token of H&E and one of expression; the tokens of a window of neighbours go through blocks with
+    attention over both modalities, whose bias falls with the distance in µm, and a feed-forward for each modality. It
+    learns by masking (``stage = "mask"``): a decoder each writes the hidden image features and the hidden expression;
+    then by alignment (``stage = "align"``): the window's H&E and its counts, encoded apart, find each other.
+
+    Expression is read from any panel and written for any gene through one table of gene embeddings
+    (:class:`~stfm.nn.gene_table.GeneTable`).
+
+    Parameters
+    ----------
+    config
+        See :class:`STORMConfig`.
+    vocabulary
+        Genes of the model.
+    pretrained
+        Read the checkpoints that the encoder choices name.
+
+    References
+    ----------
+    Xiang et al., A Multimodal Foundation Model of Spatial Transcriptomics and Histology for Biological Discovery and
+    Clinical Prediction, arXiv:2604.03630, 2026.
+    """
+
+    family: ClassVar[str] = "storm"
+    config_class: ClassVar[type[Any]] = STORMConfig
+    stages: ClassVar[tuple[str, ...]] = STAGES
+    config: STORMConfig
+    typical_total: Tensor
+    calibration: Tensor
+
+    def __init__(self, config: STORMConfig, vocabulary: Vocabulary | None, *, pretrained: bool = True) -> None:
+        super().__init__(config, vocabulary, pretrained=pretrained)
+        if vocabulary is None:
+            msg = "STORM writes expression and so needs a vocabulary: create(name, vocabulary)."
+            raise InputError(msg)
+        n_genes, d = len(vocabulary), config.width
+        self.table = GeneTable(n_genes, config.gene_width, likelihood=config.likelihood)
+        self.image: ImageTokens | None = None
+        self.image_decoder: Decoder | None = None
+        self.linear: WindowRegression | None = None
+        if config.reads_image and config.image is not None:
+            self.image = ImageTokens(build_image(config.image, pretrained=pretrained), config)
+            self.image_decoder = Decoder(config, "image", self.image.width)
+            self.image_log_variance = nn.Parameter(torch.zeros(self.image.width))
+            if config.linear_blend > 0:
+                self.linear = WindowRegression(self.image.width, n_genes)
+        self.gene_encoder = None
+        if config.gene is not None:
+            self.gene_encoder = build_gene(config.gene, vocabulary, pretrained=pretrained)
+        self.gene_token = nn.Linear(config.gene_width if self.gene_encoder is None else self.gene_encoder.width, d)
+        self.spatial = SpatialEncoder(config)
+        self.gene_decoder = Decoder(config, "gene", config.gene_width)
+        self.align_heads = nn.ModuleDict({name: nn.Linear(d, d) for name in ("image", "gene")})
+        self.temperature = Temperature(config.temperature, learned=True)
+        self.register_buffer("typical_total", torch.full((), 1e4))
+        self.register_buffer("calibration", torch.ones(n_genes))
+        self.stage = "mask"
+
+    @property
+    def stage(self) -> str:
+        """What :meth:`losses` trains: ``"mask"`` or ``"align"``."""
+        return self._stage
+
+    @stage.setter
+    def stage(self, stage: str) -> None:
+        self._stage = check_choice("stage", stage, STAGES)
+        aligning = stage == "align"
+        for part in (self.align_heads, self.temperature):
+            part.requires_grad_(aligning)
+        masking = not aligning or self.config.replay > 0
+        for decoder in (self.image_decoder, self.gene_decoder):
+            if decoder is not None:
+                decoder.requires_grad_(masking)
+
+    @property
+    def inputs(self) -> InputSpec:
+        """What the model wants to see of every spot."""
+        config = self.config
+        return InputSpec(
+            spot_px=config.spot_px if config.reads_image else None,
+            niche_px=None,
+            contexts_um=config.contexts_um if config.reads_image else (),
+            window=config.window_size,
+            niche_counts=False,
+            centre=("image",) if config.centre else (),
+            min_fraction=config.min_fraction,
+        )
+
+    def layers(self) -> list[list[nn.Module]]:
+        """Return the modules from input to output, for layer-wise learning rates: embeddings, then the blocks."""
+        embeddings = [part for part in (self.image, self.table, self.gene_encoder, self.gene_token) if part is not None]
+        return [embeddings, *([block] for block in self.spatial.blocks)]
+
+    def windows(self, batch: Batch) -> Windows:
+        """Return the windows of a batch with a token for each spot and modality."""
+        if batch.window is None or batch.xy_um is None:
+            msg = "STORM reads windows of spots with coordinates; make batches with SlideInputs."
+            raise InputError(msg)
+        present = batch.window >= 0
+        rows = batch.window.clamp_min(0)
+        tokens: dict[str, Tensor] = {}
+        features = None if self.image is None else self.image.features(batch)
+        if self.image is not None and features is not None:
+            tokens["image"] = self.image(features)[rows]
+        gene = torch.zeros_like(present)
+        if self.config.reads_gene and batch.counts is not None:
+            tokens["gene"] = self._gene_tokens(batch.counts, batch.gene_mask)[rows]
+            gene = present if batch.measured is None else present & batch.measured[rows]
+        if not tokens:
+            msg = "The batch has neither H&E nor counts that the model reads."
+            raise InputError(msg)
+        xy = batch.xy_um[rows]
+        image = present if "image" in tokens else torch.zeros_like(present)
+        return Windows(rows, present, image, gene, tokens, features, xy, self.spatial.bias(xy))
+
+    def _gene_tokens(self, counts: Tensor, mask: Tensor | None) -> Tensor:
+        if self.gene_encoder is not None:
+            return self.gene_token(self.gene_encoder(counts, mask))  # type: ignore[no-any-return]
+        with torch.autocast(counts.device.type, enabled=False):
+            read = self.table.read(counts.float(), mask)
+        return self.gene_token(read)  # type: ignore[no-any-return]
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """Return ``"loss"`` and its parts: ``"image"``, ``"gene"`` (masked), ``"align"``, by the stage.
+
+        Raises
+        ------
+        InputError
+            The stage needs a modality that the batch lacks; the message says which stage can run.
+        """
+        check_batch(batch, training=self.training and self.stage == "align")
+        if self.stage == "mask":
+            return self._mask_losses(batch)
+        align = self._align_loss(batch)
+        if self.config.replay == 0:
+            return {"loss": align, "align": align}
+        masked = self._mask_losses(batch)
+        total = align + self.config.replay * masked.pop("loss")
+        return {"loss": total, "align": align, **masked}
+
+    def _mask_losses(self, batch: Batch) -> dict[str, Tensor]:
+        windows = self.windows(batch)
+        config = self.config
+        both = {"image", "gene"} <= set(windows.tokens)
+        shown = draw_masks(
+            windows.present, windows.image, windows.gene, n_visible=config.n_visible,
+            cross_share=config.cross_share if both or batch.counts is not None else 0.0,
+        )  # fmt: skip
+        encoded = self.spatial(windows.tokens, shown, windows.bias)
+        parts: dict[str, Tensor] = {}
+        if self.image_decoder is not None and windows.features is not None:
+            parts["image"] = self._image_loss(windows, encoded, shown)
+        if batch.counts is not None:
+            parts["gene"] = self._gene_loss(batch, windows, encoded, shown)
+        weights = {"image": config.image_weight, "gene": config.gene_weight}
+        return {"loss": torch.stack([weights[name] * part for name, part in parts.items()]).sum(), **parts}
+
+    def _image_loss(self, windows: Windows, encoded: dict[str, Tensor], shown: Shown) -> Tensor:
+        """Gaussian likelihood of the hidden image features, a variance a feature."""
+        decoder, features = cast("Decoder", self.image_decoder), cast("Tensor", windows.features)
+        hidden = windows.image & ~shown.image
+        written = decoder(encoded, shown, windows.bias)[hidden].float()
+        if not len(written):
+            return decoder.out.bias.sum() * 0.0
+        target = features[windows.rows[hidden]].detach().float()
+        return gaussian_nll(target, written, self.image_log_variance).mean()
+
+    def _gene_loss(self, batch: Batch, windows: Windows, encoded: dict[str, Tensor], shown: Shown) -> Tensor:
+        """Likelihood of the hidden expression, of the genes that were measured."""
+        counts, totals = cast("Tensor", batch.counts), cast("Tensor", batch.totals)
+        measured = windows.present if batch.measured is None else windows.present & batch.measured[windows.rows]
+        hidden = measured & ~shown.gene
+        u = self.gene_decoder(encoded, shown, windows.bias)[hidden].float()
+        if not len(u):
+            return self.gene_decoder.out.bias.sum() * 0.0
+        rows = windows.rows[hidden]
+        genes = self._drawn_genes(counts.device)
+        with torch.autocast(u.device.type, enabled=False):
+            loss = self.table.nll(u, counts[rows][:, genes].float(), totals[rows], genes)
+        if batch.gene_mask is None:
+            return loss.mean()
+        there = batch.gene_mask[rows][:, genes].to(loss.dtype)
+        return (loss * there).sum() / there.sum().clamp_min(1.0)
+
+    def _drawn_genes(self, device: torch.device) -> Tensor:
+        n = len(self.table.known)
+        if n <= self.config.max_genes or not self.training:
+            return torch.arange(n, device=device)
+        return torch.randperm(n, device=device)[: self.config.max_genes]
+
+    def _align_loss(self, batch: Batch) -> Tensor:
+        """Contrast of each window's H&E with its counts (the negatives are the other windows of the batch)."""
+        windows = self.windows(batch)
+        lacking = [what for name, what in (("image", "H&E"), ("gene", "counts")) if name not in windows.tokens]
+        if lacking:
+            msg = f"The batch has no {lacking[0]}, and alignment needs both modalities; stage='mask' can run."
+            raise InputError(msg)
+        apart = [self._apart(windows, name) for name in ("image", "gene")]
+        return contrastive_loss(*apart, scale=self.temperature())
+
+    def _apart(self, windows: Windows, name: str) -> Tensor:
+        """Return the middle of each window from one modality alone, in the shared space, ``(b, d)``."""
+        shown = windows.shown(image=name == "image", gene=name == "gene")
+        encoded = self.spatial({name: windows.tokens[name]}, shown, windows.bias)[name]
+        return self.align_heads[name](encoded[:, 0])  # type: ignore[no-any-return]
+
+    def embed(self, batch: Batch) -> Embedding:
+        """Return the embedding of every spot.
+
+        Returns
+        -------
+        ``joint``: the spot's tokens after the spatial level (one stands in for the other where a modality is absent);
+        ``image``, ``gene``: of one modality alone, in the space where they were aligned; ``niche``: mean of the
+        window's tokens.
+        """
+        windows = self.windows(batch)
+        shown = windows.shown()
+        encoded = self.spatial(windows.tokens, shown, windows.bias)
+        middle = {name: F.normalize(tokens[:, 0], dim=-1) for name, tokens in encoded.items()}
+        pair = [middle.get(name, next(iter(middle.values()))) for name in ("image", "gene")]
+        joint = torch.cat(pair, dim=-1) if self.config.joint == "concat" else pair[0] + pair[1]
+        apart = {name: F.normalize(self._apart(windows, name), dim=-1) for name in encoded}
+        weight = windows.present[..., None].to(windows.xy_um.dtype)
+        means = [(tokens * weight).sum(dim=1) / weight.sum(dim=1) for tokens in encoded.values()]
+        niche = F.normalize(torch.stack(means).mean(dim=0), dim=-1)
+        return Embedding(F.normalize(joint, dim=-1), apart.get("image"), apart.get("gene"), niche)
+
+    def predict(self, batch: Batch, *, own: bool = False) -> Prediction:
+        """Return expected log-normalised expression of every spot, and its deviation.
+
+        Parameters
+        ----------
+        batch
+            With H&E, with counts of some spots (``measured``), or both.
+        own
+            Whether the counts of the spot itself may be used (denoising), or those of its neighbours alone.
+        """
+        windows = self.windows(batch)
+        shown = windows.shown()
+        if not own:
+            shown.gene[:, 0] = False
+        encoded = self.spatial(windows.tokens, shown, windows.bias)
+        u = self.gene_decoder(encoded, shown, windows.bias, middle=True)[:, 0].float()
+        with torch.autocast(u.device.type, enabled=False):
+            written = self.table.write(u)
+            mean, variance = self.table.moments(written, self.typical_total)
+        blend = self.config.linear_blend
+        if self.linear is not None and bool(self.linear.fitted) and windows.features is not None:
+            seen = window_features(windows.features[windows.rows], windows.xy_um, windows.present)
+            mean = (1 - blend) * mean + blend * self.linear(seen)
+        return Prediction(mean, variance.sqrt() * self.calibration)
+
+    def fit_inputs(self, slides: Sequence[SlideInputs]) -> None:
+        """Start from the training slides: gene table, scale of image features, regression on windows."""
+        with_counts = [slide for slide in slides if slide.has_gene]
+        if with_counts:
+            self.typical_total.fill_(fit_table(self.table, with_counts))
+            if self.gene_encoder is not None:
+                fit_gene_encoder(self.gene_encoder, with_counts, niche=False)
+        if self.image is not None:
+            fit_image_scale(self.image, slides)
+            if self.linear is not None:
+                fit_window_regression(self.linear, self.image, with_counts)
+
+    def frozen_image_encoder(self, level: str) -> nn.Module | None:
+        """Return the image encoder if it is frozen, or None."""
+        if level != "spot" or self.image is None or not self.image.encoder.frozen:
+            return None
+        return self.image.encoder
+
+
+def register(models: Registry[ModelSpec]) -> None:
+    """Add STORM's sizes to the registry."""
+    from stfm.models.registry import ModelSpec
+
+    summaries = {
+        "recommended": ("storm", "STORM with the paper's image tower (H0-mini) and a spatial level of 12 blocks"),
+        "paper": ("storm-paper", "the same, masked to the letter: 5 visible spots a modality, nothing else"),
+        "small": ("storm-small", "light towers, 2 blocks, d = 96; trains on two cores"),
+        "tiny": ("storm-tiny", "the lightest, d = 48; for tests and first looks"),
+    }
+    for preset in PRESETS:
+        name, summary = summaries[preset]
+        spec = ModelSpec(
+            name=name,
+            family=STORM.family,
+            summary=summary,
+            reference="arXiv:2604.03630",
+            factory=STORM,
+            config=partial(STORMConfig.preset, preset),
+        )
+        models.register(name, spec)

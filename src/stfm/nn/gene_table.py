@@ -1,0 +1,201 @@
+"""One vector a gene, by which expression is read from any panel and written for any gene."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from stfm._validate import check_choice, check_count
+from stfm.nn.counts import (
+    LIKELIHOODS,
+    TARGET_SUM,
+    counts_of,
+    expression_of_rate,
+    gaussian_nll,
+    negative_binomial_nll,
+    poisson_nll,
+)
+from stfm.nn.principal import leading_components
+
+__all__ = ["GeneTable"]
+
+_FLOOR = 0.05  # deviation of a gene that hardly varies: at unit variance it would be noise alone
+_CLIP = 10.0
+_RARE = 1e-8  # share of the counts of a gene that was never seen
+_DISPERSION = 10.0
+
+
+class GeneTable(nn.Module):
+    """Embeddings of genes, shared by reading and writing.
+
+    A spot's standardised expression z is taken to be ``z_g = <u, e_g> + noise`` with ``u ~ N(0, 1)``; so a spot is read
+    as the u expected from the genes that were measured, be they 300 or 18,000 (the posterior mean of probabilistic
+    PCA), and any gene with an embedding is written as ``<u, e_g>``.
+
+    Parameters
+    ----------
+    n_genes, width
+        G and the length e of an embedding.
+    likelihood
+        Of what is written: ``"nb"`` or ``"poisson"`` on counts with the spot's total as size factor, ``"gaussian"`` on
+        log-normalised values (:mod:`stfm.nn.counts` says why counts are the default).
+    """
+
+    mean: Tensor
+    scale: Tensor
+    log_share: Tensor
+    noise: Tensor
+    known: Tensor
+
+    def __init__(self, n_genes: int, width: int, *, likelihood: str = "nb") -> None:
+        super().__init__()
+        check_count("gene_width", width)
+        self.likelihood = check_choice("likelihood", likelihood, LIKELIHOODS)
+        self.embedding = nn.Parameter(torch.randn(n_genes, width) / width**0.5)
+        # Offset and size of a step of <u, e_g>, on the log rate or on the log-normalised value.
+        self.offset = nn.Parameter(torch.zeros(n_genes))
+        self.log_step = nn.Parameter(torch.zeros(n_genes))
+        self.log_spread = nn.Parameter(torch.zeros(n_genes))
+        if likelihood == "poisson":
+            self.log_spread.requires_grad = False
+        self.register_buffer("mean", torch.zeros(n_genes))
+        self.register_buffer("scale", torch.ones(n_genes))
+        self.register_buffer("log_share", torch.full((n_genes,), -float(torch.tensor(n_genes).log())))
+        self.register_buffer("noise", torch.ones(()))
+        self.register_buffer("known", torch.zeros(n_genes, dtype=torch.bool))
+
+    @property
+    def width(self) -> int:
+        """Length of an embedding."""
+        return self.embedding.shape[1]
+
+    @torch.no_grad()
+    def fit(self, x: Tensor, totals: Tensor, mask: Tensor | None = None) -> None:
+        """Start from the training spots: scales, principal directions, rates and dispersions of the genes.
+
+        Parameters
+        ----------
+        x
+            ``log1p(1e4 c / sum c)``, ``(n, G)``.
+        totals
+            Counts a spot, ``(n,)``.
+        mask
+            Which genes were measured, bool ``(n, G)``; None means all.
+        """
+        there = torch.ones_like(x) if mask is None else mask.to(x.dtype)
+        n = there.sum(dim=0)
+        self.known.copy_(n > 0)
+        n = n.clamp_min(1.0)
+        mean = (x * there).sum(dim=0) / n
+        deviation = (((x - mean).square() * there).sum(dim=0) / n).sqrt()
+        self.mean.copy_(mean)
+        self.scale.copy_(torch.where(self.known, deviation.clamp_min(_FLOOR), torch.ones_like(deviation)))
+        self._fit_directions(self.standardise(x, mask))
+        self._fit_rates(counts_of(x, totals) * there, totals[:, None] * there, n)
+
+    def _fit_directions(self, z: Tensor) -> None:
+        rank = min(self.width, min(z.shape) - 1)
+        deviation, directions = leading_components(z, rank)
+        left = (z.square().sum() / len(z) - deviation.square().sum()).clamp_min(0.0)
+        self.noise.copy_((left / max(1, z.shape[1] - rank)).clamp_min(1e-3))
+        # Probabilistic PCA: e = directions * sqrt(variance - noise), so that u has unit variance.
+        gain = (deviation.square() - self.noise).clamp_min(1e-6).sqrt()
+        self.embedding.zero_()
+        self.embedding[:, :rank] = (directions * gain[:, None]).T
+        unseen = ~self.known
+        self.embedding[unseen] = torch.randn(int(unseen.sum()), self.width).to(self.embedding) * 0.01
+
+    def _fit_rates(self, counts: Tensor, totals: Tensor, n: Tensor) -> None:
+        share = (counts.sum(dim=0) / totals.sum(dim=0).clamp_min(1.0)).clamp_min(_RARE)
+        self.log_share.copy_(share.log())
+        expected = share * totals
+        excess = ((counts - expected).square() - counts).sum(dim=0) / n
+        theta = (expected.square().sum(dim=0) / n) / excess.clamp_min(1e-8)
+        if self.likelihood == "gaussian":
+            self.offset.copy_(self.mean)
+            self.log_step.copy_(self.scale.log())
+            self.log_spread.copy_(2 * self.scale.log())
+            return
+        self.offset.copy_(self.log_share)
+        # Slope of the log rate for a step of the log-normalised value: d log(r) / d log1p(1e4 r) = (1 + 1e4 r) / 1e4 r.
+        slope = (1 + TARGET_SUM * share) / (TARGET_SUM * share)
+        self.log_step.copy_((self.scale * slope).clamp(max=1.0).log())
+        self.log_spread.copy_(torch.where(self.known, theta, _DISPERSION).clamp(0.05, 100.0).log())
+
+    def standardise(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Return ``(x - mean) / scale``, 0 where a gene was not measured."""
+        z = ((x - self.mean) / self.scale).clamp(-_CLIP, _CLIP)
+        return z if mask is None else z * mask
+
+    def read(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Return the u expected of each spot, ``(b, e)``, from the genes that were measured and are known."""
+        z = self.standardise(x, mask) * self.known
+        panels, which = _panels(mask, len(x), self.known)
+        posterior = [self._posterior(panel) for panel in panels]
+        if len(posterior) == 1:
+            return z @ posterior[0]
+        out = z.new_zeros(len(z), self.width)
+        for i, maps in enumerate(posterior):  # one small system a panel, that is a slide
+            rows = which == i
+            out = out.index_put((rows.nonzero().squeeze(1),), z[rows] @ maps)
+        return out
+
+    def _posterior(self, panel: Tensor) -> Tensor:
+        """Return the matrix ``(G, e)`` from standardised genes to ``E[u]``: ``E (EᵀE + noise)⁻¹`` of the measured."""
+        kept = (self.embedding * panel[:, None]).float()
+        system = kept.T @ kept + self.noise * torch.eye(self.width, device=kept.device)
+        return torch.linalg.solve(system, kept.T).T  # type: ignore[no-any-return]
+
+    def write(self, u: Tensor, genes: Tensor | None = None) -> Tensor:
+        """Return ``<u, e_g>`` in the units of the likelihood, ``(..., G)``: log rates, or log-normalised values."""
+        if genes is None:
+            return self.offset + self.log_step.exp() * (u @ self.embedding.T)
+        return self.offset[genes] + self.log_step[genes].exp() * (u @ self.embedding[genes].T)
+
+    def expression(self, written: Tensor) -> Tensor:
+        """Return log-normalised expression from what :meth:`write` gave."""
+        return written if self.likelihood == "gaussian" else expression_of_rate(written)
+
+    def moments(self, written: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+        """Return log-normalised expression and its variance in a spot with so many counts, ``(n, G)`` each.
+
+        Of counts the variance comes from that of the likelihood, ``μ + μ² / θ``, by the slope of the logarithm.
+        """
+        mean = self.expression(written)
+        if self.likelihood == "gaussian":
+            return mean, self.log_spread.exp().expand_as(mean)
+        expected = written.clamp(max=0.0).exp() * total
+        variance = expected if self.likelihood == "poisson" else expected + expected.square() / self.log_spread.exp()
+        slope = TARGET_SUM / (total + TARGET_SUM * expected)
+        return mean, variance * slope.square()
+
+    def nll(self, u: Tensor, x: Tensor, totals: Tensor, genes: Tensor) -> Tensor:
+        """Return ``-log p`` of some genes of each spot, ``(n, g)``.
+
+        Parameters
+        ----------
+        u
+            Of the spots, ``(n, e)``.
+        x
+            Measured ``log1p(1e4 c / sum c)`` of the genes, ``(n, g)``.
+        totals
+            Counts a spot, ``(n,)``.
+        genes
+            Which genes, int64 ``(g,)``.
+        """
+        written, log_spread = self.write(u, genes), self.log_spread[genes]
+        if self.likelihood == "gaussian":
+            return gaussian_nll(x, written, log_spread)
+        counts = counts_of(x, totals)
+        log_mean = written + totals.clamp_min(1.0).log()[:, None]
+        if self.likelihood == "poisson":
+            return poisson_nll(counts, log_mean)
+        return negative_binomial_nll(counts, log_mean, log_spread)
+
+
+def _panels(mask: Tensor | None, n: int, known: Tensor) -> tuple[list[Tensor], Tensor]:
+    """Return the different panels of a batch, and which one each spot has."""
+    if mask is None or bool(mask.all()):
+        return [known], torch.zeros(n, dtype=torch.long, device=known.device)
+    panels, which = torch.unique(mask, dim=0, return_inverse=True)
+    return [panel & known for panel in panels], which
