@@ -14,14 +14,15 @@ from numpy.typing import NDArray
 from stfm.slide._niche_kernels import Rule, expect, insert, njit, reach, write_row
 from stfm.slide._threads import run
 
-_LEAF = 10  # points of a leaf, at most
+_DIMS = 3  # of the points as they are kept, 0 where there is no third: loops of a known length are a quarter faster
+_LEAF = 28  # points of a leaf, at most
 _CROWN = 6  # levels that are split one by one; below them each thread builds whole branches
 
 
 @njit
 def swap(points: NDArray[np.float64], ids: NDArray[np.int32], p: int, q: int) -> None:
     """Exchange two points."""
-    for a in range(points.shape[1]):
+    for a in range(_DIMS):
         points[p, a], points[q, a] = points[q, a], points[p, a]
     ids[p], ids[q] = ids[q], ids[p]
 
@@ -61,7 +62,7 @@ def build(
     stop: int,
 ) -> None:
     """Boxes and splits of everything below one node, from its level to before level `stop`."""
-    n, dims = points.shape
+    n = points.shape[0]
     depth = level
     while depth < stop:
         width = 1 << (depth - level)
@@ -69,14 +70,14 @@ def build(
             lo, hi = (n * j) >> depth, (n * (j + 1)) >> depth
             box = boxes[(1 << depth) + j]
             axis = 0
-            for a in range(dims):
+            for a in range(_DIMS):
                 low, high = np.inf, -np.inf
                 for p in range(lo, hi):
                     low = min(low, points[p, a])
                     high = max(high, points[p, a])
                 box[a] = low
-                box[dims + a] = high
-                if high - low > box[dims + axis] - box[axis]:
+                box[_DIMS + a] = high
+                if high - low > box[_DIMS + axis] - box[axis]:
                     axis = a
             if 2 << depth < boxes.shape[0]:
                 split(points, ids, lo, hi, (n * (2 * j + 1)) >> (depth + 1), axis)
@@ -84,23 +85,23 @@ def build(
 
 
 @njit
-def box_gap2(one: NDArray[np.float64], other: NDArray[np.float64], dims: int) -> float:
+def box_gap2(one: NDArray[np.float64], other: NDArray[np.float64]) -> float:
     """Squared distance between two boxes."""
     total = 0.0
-    for a in range(dims):
-        gap = max(other[a] - one[dims + a], one[a] - other[dims + a])
+    for a in range(_DIMS):
+        gap = max(other[a] - one[_DIMS + a], one[a] - other[_DIMS + a])
         if gap > 0.0:
             total += gap * gap
     return total
 
 
 @njit
-def point_gap2(points: NDArray[np.float64], p: int, box: NDArray[np.float64], dims: int) -> float:
+def point_gap2(points: NDArray[np.float64], p: int, box: NDArray[np.float64]) -> float:
     """Squared distance from a point to a box."""
     total = 0.0
-    for a in range(dims):
+    for a in range(_DIMS):
         v = points[p, a]
-        gap = max(box[a] - v, v - box[dims + a])
+        gap = max(box[a] - v, v - box[_DIMS + a])
         if gap > 0.0:
             total += gap * gap
     return total
@@ -119,19 +120,20 @@ def scan(
     m: int,
 ) -> int:
     """Look at the points lo..hi for point `p`; return how many candidates it then holds."""
-    dims = points.shape[1]
     capacity = d2s.shape[0]
     own = np.uint64(p)
+    x, y, z = points[p, 0], points[p, 1], points[p, 2]
+    worst = d2s[capacity - 1] if m == capacity else limit2
     for q in range(np.uint64(lo), np.uint64(hi)):  # unsigned positions spare numba's test for negative ones
-        d2 = 0.0
-        for a in range(dims):
-            d = points[q, a] - points[p, a]
-            d2 += d * d
-        if q == own or d2 > limit2:
+        dx, dy, dz = points[q, 0] - x, points[q, 1] - y, points[q, 2] - z
+        d2 = dx * dx + dy * dy + dz * dz
+        if d2 > worst or q == own:
             continue
-        if m == capacity and (d2 > d2s[m - 1] or (d2 == d2s[m - 1] and ids[q] > found[m - 1])):
+        if m == capacity and d2 == worst and ids[q] > found[m - 1]:
             continue
         m = insert(d2s, found, m, d2, ids[q])
+        if m == capacity:
+            worst = d2s[m - 1]
     return m
 
 
@@ -152,7 +154,7 @@ def walk(
     need: NDArray[np.float64],
 ) -> None:
     """Look below one branch for the points of a leaf that still need it."""
-    n, dims = points.shape
+    n = points.shape[0]
     leaves = boxes.shape[0] >> 1
     lo, hi = n * leaf // leaves, n * (leaf + 1) // leaves
     own = boxes[leaves + leaf]
@@ -162,11 +164,11 @@ def walk(
     while top:
         top -= 1
         node = stack[top]
-        if box_gap2(own, boxes[node], dims) > most:
+        if box_gap2(own, boxes[node]) > most:
             continue
         if node < leaves:
             one, two = 2 * node, 2 * node + 1
-            if box_gap2(own, boxes[one], dims) < box_gap2(own, boxes[two], dims):
+            if box_gap2(own, boxes[one]) < box_gap2(own, boxes[two]):
                 one, two = two, one
             stack[top] = one
             stack[top + 1] = two
@@ -175,7 +177,7 @@ def walk(
         a, b = n * (node - leaves) // leaves, n * (node - leaves + 1) // leaves
         for p in range(lo, hi):
             s = p - lo
-            if point_gap2(points, p, boxes[node], dims) <= need[s]:
+            if point_gap2(points, p, boxes[node]) <= need[s]:
                 held[s] = scan(points, ids, p, a, b, limit2, d2s[s], found[s], held[s])
                 need[s] = reach(d2s[s], held[s], k, tolerance, limit2)
         most = need[: hi - lo].max()
@@ -231,17 +233,18 @@ class Tree:
     ids: NDArray[np.int32]
     boxes: NDArray[np.float64]
 
-    few: ClassVar[int] = 256  # units of work below which threads gain nothing
+    few: ClassVar[int] = 128  # units of work below which threads gain nothing
 
     @classmethod
     def build(cls, coords: NDArray[np.float64], threads: int) -> Tree:
         """Return the tree of the points."""
-        n, dims = coords.shape
+        n = len(coords)
         depth = 0
         while (n >> depth) >= _LEAF:
             depth += 1
-        points, ids = coords.copy(), np.arange(n, dtype=np.int32)
-        boxes = np.empty((2 << depth, 2 * dims))
+        points, ids = np.zeros((n, _DIMS)), np.arange(n, dtype=np.int32)
+        points[:, : coords.shape[1]] = coords
+        boxes = np.empty((2 << depth, 2 * _DIMS))
         crown = min(_CROWN, depth) if n > 2**14 else 0
         for level in range(crown):
             _grow(points, ids, boxes, level, level + 1, threads)

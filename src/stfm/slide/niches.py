@@ -198,12 +198,10 @@ def _search(coords: NDArray[np.float64], request: Request, threads: int) -> tupl
     n = len(coords)
     if n == 0:
         return empty_table(n, request.n_neighbors or 0), 0.0
-    if n < _niche_scipy.FEW:
-        if _KERNELS not in sys.modules:
-            found = _search_scipy(coords, request, threads)
-            if found is not None:
-                return found
-        threads = 1  # they gain nothing
+    if n < _niche_scipy.FEW and _KERNELS not in sys.modules:
+        found = _search_scipy(coords, request, threads)
+        if found is not None:
+            return found
     return _search_compiled(coords, request, threads)
 
 
