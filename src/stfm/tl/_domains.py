@@ -97,7 +97,13 @@ def spatial_domains(
     Examples
     --------
     >>> sf.tl.embed(adata)  # doctest: +SKIP
-    >>> sf.tl.spatial_domains(adata, n_domains=7)  # doctest: +SKIP
+    >>> import stfm as sf
+    >>> adata = sf.datasets.toy(n_spots=60)
+    >>> model = sf.tl.train(adata, "st-align-tiny", epochs=1)
+    >>> sf.tl.embed(adata, model)
+    >>> sf.tl.spatial_domains(adata, n_domains=3)
+    >>> adata.obs["spatial_domain"].nunique()
+    3
     """
     import pandas as pd
 

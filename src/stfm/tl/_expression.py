@@ -140,8 +140,13 @@ def predict_expression(
 
     Examples
     --------
-    >>> sf.tl.predict_expression(slide, reference=[c2, c3, c4])  # doctest: +SKIP
-    >>> sf.get.predicted(slide)  # doctest: +SKIP
+    >>> import stfm as sf
+    >>> adata = sf.datasets.toy(n_spots=60, n_patients=2, mpp=4.0)
+    >>> known = adata[adata.obs["patient"] == "patient_1"].copy()
+    >>> new = adata[adata.obs["patient"] == "patient_2"].copy()
+    >>> sf.tl.predict_expression(new, reference=known, genes=["ERBB2", "MUC1"], rings=0, tile_px=64)
+    >>> new.obsm["predicted_expression"].shape
+    (60, 2)
     """
     from stfm.slide.from_anndata import target
 
@@ -262,8 +267,12 @@ def fit_expression(
 
     Examples
     --------
-    >>> predictor = sf.tl.fit_expression([c2, c3, c4], features="mobilenetv2", weights=path)  # doctest: +SKIP
-    >>> predictor.save("predictor")  # doctest: +SKIP
+    >>> import stfm as sf
+    >>> reference = sf.datasets.toy(n_spots=60, n_patients=2, mpp=4.0)
+    >>> predictor = sf.tl.fit_expression(reference, genes=["ERBB2", "MUC1"], rings=0, tile_px=64)
+    >>> predictor.genes
+    ('ERBB2', 'MUC1')
+    >>> predictor.save("predictor")  # and later: predict_expression(adata, model="predictor")
     """
     check_choice("method", method, METHODS)
     slides = as_slides(reference, library_key=library_key, spatial_key=spatial_key, layer=layer, image=image, mpp=mpp)
