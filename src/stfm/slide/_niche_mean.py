@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from stfm.slide._niche_table import NicheTable
 
-_UNEVEN = 2048  # rows from which a thread takes its share in pieces, so that none waits long for another
+_PIECE = 64  # rows that a thread takes at a time, so that none waits long for another
 
 
 def niche_mean(
@@ -73,7 +73,7 @@ def niche_mean(
     def work(lo: int, hi: int) -> None:
         mean_rows(counts.data, counts.indices, counts.indptr, table.index, asked, lo, hi, result)
 
-    run(work, n, n_threads(n_jobs), parts=4 if n > _UNEVEN else 1, inline=64)
+    run(work, n, n_threads(n_jobs), parts=min(max(n // _PIECE, 1), 16), inline=_PIECE)
     return result if transform is None else transform(result)
 
 

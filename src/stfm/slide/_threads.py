@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+from _thread import start_new_thread
 from collections import deque
 from itertools import pairwise
-from threading import Thread
+from threading import Semaphore
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -31,32 +32,35 @@ def edges(n: int, parts: int) -> list[int]:
 def run(work: Callable[[int, int], object], n: int, threads: int, *, parts: int = 1, inline: int = _INLINE) -> None:
     """Call ``work(lo, hi)`` over 0..n, in ``parts`` pieces a thread; below ``inline`` rows on the calling thread.
 
-    The calling thread works, too, and takes what others have not begun: where cores are busy it waits for nobody who
-    has not started.
+    The calling thread works, too, and takes what others have not begun. It waits for pieces that are under way and
+    never for a thread to begin, which takes milliseconds where cores are busy.
     """
     if threads == 1 or n < inline:
         work(0, n)
         return
-    borders = edges(n, min(threads * parts, n))
-    pieces = deque(pairwise(borders))
+    pieces = deque(pairwise(edges(n, min(threads * parts, n))))
+    total = len(pieces)
+    done = Semaphore(0)
     failed: list[BaseException] = []
 
     def take() -> None:
-        while not failed:
+        while True:
             try:
                 lo, hi = pieces.popleft()
             except IndexError:
                 return  # nothing left
             try:
-                work(lo, hi)
+                if not failed:
+                    work(lo, hi)
             except BaseException as error:  # noqa: BLE001 raised again below, on the calling thread
                 failed.append(error)
+            finally:
+                done.release()
 
-    helpers = [Thread(target=take, daemon=True) for _ in range(min(threads, len(pieces)) - 1)]
-    for helper in helpers:
-        helper.start()
+    for _ in range(min(threads, total) - 1):
+        start_new_thread(take, ())  # threading.Thread would wait for the thread to begin
     take()
-    for helper in helpers:
-        helper.join()
+    for _ in range(total):
+        done.acquire()
     if failed:
         raise failed[0]
