@@ -77,6 +77,8 @@ class TissueNetwork(Model):
         bins = grid_centres(config.side * cells, config.extent_um)
         self.register_buffer("bin_centres", bins, persistent=False)
         centre_weights(self)
+        # A patch and a spot start at about this size; a position of size 1 would drown them, and alignment learns late.
+        nn.init.constant_(self.position.norm.weight, 0.1)
 
     def _patches(self, tiles: Tensor) -> Tensor:
         """Return the pixels of the patches on one scale, ``(b, p, 3 * px * px)``."""
@@ -105,12 +107,19 @@ class TissueNetwork(Model):
 
     def _owner(self, tissue: Tissue) -> Tensor:
         """Return which site each bin belongs to, int64 ``(b, bins)``, -1 where none is near."""
-        step = self.config.extent_um / (self.config.side * self.config.cells)
-        radius = max(self.config.site_um, 1.01 * 2**0.5 * step) / 2
-        way = (tissue.xy_um[:, :, None] - self.bin_centres).square().sum(dim=-1)
-        way = torch.where(tissue.present[:, :, None], way, torch.inf)
-        nearest, owner = way.min(dim=1)
-        return torch.where(nearest <= radius**2, owner, -1)
+        n = len(self.bin_centres)
+        step = self.config.extent_um / n**0.5
+        if self.config.site_um > 1.5 * step:
+            way = (tissue.xy_um[:, :, None] - self.bin_centres).square().sum(dim=-1)
+            nearest, owner = torch.where(tissue.present[:, :, None], way, torch.inf).min(dim=1)
+            return torch.where(nearest <= (self.config.site_um / 2) ** 2, owner, -1)
+        # A site no larger than a bin fills the one that it lies in; of several there the first.
+        row, column = (tissue.xy_um / step).long().clamp(0, round(n**0.5) - 1).unbind(dim=2)[::-1]
+        place = torch.where(tissue.present, row * round(n**0.5) + column, n)
+        number = torch.arange(place.shape[1], device=place.device).expand_as(place)
+        owner = torch.full((len(place), n + 1), len(number[0]), device=place.device)
+        owner = owner.scatter_reduce(1, place, number, "amin")[:, :n]
+        return torch.where(owner < place.shape[1], owner, -1)
 
     def _under(self, tissue: Tissue) -> Tensor:
         """Return which patches lie under which sites, bool ``(b, s, p)``; the one that a site lies in always does."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, cast
@@ -105,12 +106,16 @@ class StormMultiBranch(TissueNetwork):
             spot_px=config.tile_px,
             niche_px=None,
             spot_um=config.extent_um,
+            window=config.n_sites if config.n_sites > 1 else None,
             niche_counts=False,
             min_fraction=config.min_fraction,
         )
 
     def read(self, batch: Batch) -> Tissue:
-        """Return a batch as tiles and the sites in them; a spot's own expression lies in the middle of its tile."""
+        """Return a batch as tiles and the sites in them; the spot that is embedded lies in the middle of its tile.
+
+        Of a batch of windows, the spots of a window that lie in the tile of its middle are its sites.
+        """
         if batch.spot_features is not None:
             msg = (
                 "The batch holds precomputed image features, but the image branch of the multi-branch STORM is not "
@@ -122,13 +127,24 @@ class StormMultiBranch(TissueNetwork):
                 "The batch has neither image nor counts; the multi-branch STORM embeds a spot with one of them missing."
             )
             raise InputError(msg)
-        middle = torch.full((1, 1, 2), self.config.extent_um / 2, device=self.centres.device)
+        half = self.config.extent_um / 2
+        middle = torch.full((1, 1, 2), half, device=self.centres.device)
+        if batch.window is None or batch.counts is None:
+            own = batch if batch.window is None else replace(batch, window=None).take(batch.window[:, 0])
+            there = torch.ones(len(own), 1, dtype=torch.bool, device=middle.device)
+            counts = None if own.counts is None else own.counts[:, None]
+            return Tissue(own.spot_tiles, counts, middle, there, own.gene_mask)
+        if batch.xy_um is None:
+            msg = "The batch holds windows without coordinates (xy_um); their spots cannot be put in the tile."
+            raise InputError(msg)
+        first, rows = batch.window[:, 0], batch.window.clamp_min(0)
+        way = (batch.xy_um[rows] - batch.xy_um[first][:, None])[..., :2]
         return Tissue(
-            tiles=batch.spot_tiles,
-            counts=None if batch.counts is None else batch.counts[:, None],
-            xy_um=middle,
-            present=torch.ones(len(batch), 1, dtype=torch.bool, device=middle.device),
-            gene_mask=batch.gene_mask,
+            tiles=None if batch.spot_tiles is None else batch.spot_tiles[first],
+            counts=batch.counts[rows],
+            xy_um=way + middle,
+            present=(batch.window >= 0) & (way.abs() < half).all(dim=-1),
+            gene_mask=None if batch.gene_mask is None else batch.gene_mask[first],
         )
 
     def _mask_losses(self, patches: Tensor, scaled: Tensor, tissue: Tissue) -> dict[str, Tensor]:
@@ -281,8 +297,8 @@ class StormMultiBranch(TissueNetwork):
             raise InputError(msg)
         model = type(self)(replace(self.config, mode=mode, **changes), self.vocabulary, pretrained=False)
         model.load_state_dict(self.state_dict(), strict=False)
-        model.seen, model.history = self.seen, self.history
-        return model
+        model.seen, model.history = copy.deepcopy(self.seen), self.history
+        return model.train(self.training)
 
     def load_published(self, path: str | Path, *, names: dict[str, str] | None = None) -> None:
         """Fill the model from your own copy of the published checkpoint (CC BY-NC-ND; never part of stfm).

@@ -49,6 +49,9 @@ class StormMultiBranchConfig:
         patches as the H&E.
     n_bins
         Bins along the side of a tile, with ``expression="bins"``.
+    window
+        Spots, bins or cells that are read with each one, the nearest; those that lie in its tile are shown there. None
+        reads a spot alone, and with ``expression="bins"`` as many as a tile has bins.
     gene_width
         Numbers that the genes of a spot or bin are first mapped to.
     width, depth, specific, heads, mlp_ratio
@@ -91,6 +94,7 @@ class StormMultiBranchConfig:
     spot_um: float | None = None
     expression: str = "bins"
     n_bins: int = 56
+    window: int | None = None
     gene_width: int = 256
     width: int = 1024
     depth: int = 24
@@ -124,6 +128,8 @@ class StormMultiBranchConfig:
             check_choice(name, getattr(self, name), choices)
         for name in _COUNTS:
             check_count(name, getattr(self, name))
+        if self.window is not None:
+            check_count("window", self.window)
         for name in ("tile_um", "spot_um", "mlp_ratio", "temperature", "lora_alpha"):
             if getattr(self, name) is not None:
                 check_positive(name, getattr(self, name))
@@ -164,6 +170,11 @@ class StormMultiBranchConfig:
     def site_um(self) -> float:
         """Diameter in µm of what is measured."""
         return RESOLUTION[self.platform][1] if self.spot_um is None else self.spot_um
+
+    @property
+    def n_sites(self) -> int:
+        """Spots, bins or cells that are read with each one, itself included."""
+        return self.window or (self.n_bins**2 if self.expression == "bins" else 1)
 
     @property
     def side(self) -> int:
