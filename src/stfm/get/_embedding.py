@@ -35,6 +35,15 @@ def embedding(adata: AnnData, *, part: str = "joint", key: str = EMBEDDING) -> p
     ------
     MissingKeyError
         There is no such embedding, or it has no such part (its modality was absent).
+
+    Examples
+    --------
+    >>> import stfm as sf
+    >>> adata = sf.datasets.toy(n_spots=60)
+    >>> model = sf.tl.train(adata, "st-align-tiny", epochs=1)
+    >>> sf.tl.embed(adata, model)
+    >>> sf.get.embedding(adata, part="gene").columns[0]
+    'gene_0'
     """
     import pandas as pd
     from anndata import AnnData as Class

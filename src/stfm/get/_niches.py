@@ -31,6 +31,14 @@ def niche_table(adata: AnnData, *, key: str = NICHE) -> NicheTable:
     ------
     MissingKeyError
         There are no niches of that name.
+
+    Examples
+    --------
+    >>> import stfm as sf
+    >>> adata = sf.datasets.toy(n_spots=60)
+    >>> sf.pp.build_niches(adata, n_neighbors=6)
+    >>> sf.get.niche_table(adata).distance[0].round()
+    array([100., 100., 100., 173., 173., 200.], dtype=float32)
     """
     from anndata import AnnData
 

@@ -37,7 +37,13 @@ def predicted(adata: AnnData, *, key: str = PREDICTED) -> AnnData:
 
     Examples
     --------
-    >>> sc.pl.spatial(sf.get.predicted(adata), color="ERBB2")  # doctest: +SKIP
+    >>> import stfm as sf
+    >>> adata = sf.datasets.toy(n_spots=60, n_patients=2, mpp=4.0)
+    >>> known = adata[adata.obs["patient"] == "patient_1"].copy()
+    >>> new = adata[adata.obs["patient"] == "patient_2"].copy()
+    >>> sf.tl.predict_expression(new, reference=known, genes=["ERBB2", "MUC1"], rings=0, tile_px=64)
+    >>> sf.get.predicted(new).var_names.tolist()
+    ['ERBB2', 'MUC1']
     """
     from anndata import AnnData as Class
 

@@ -142,6 +142,12 @@ def get_protocol(name: str) -> Protocol:
     ------
     MissingKeyError
         There is no protocol of that name; the nearest ones are named.
+
+    Examples
+    --------
+    >>> from stfm import metrics
+    >>> metrics.get_protocol("dlpfc-domains").task
+    'domains'
     """
     return PROTOCOLS.get(name)
 
@@ -152,6 +158,12 @@ def protocols() -> pd.DataFrame:
     Returns
     -------
     DataFrame with a row an id and a column a field of :class:`Protocol`.
+
+    Examples
+    --------
+    >>> from stfm import metrics
+    >>> "dlpfc-domains" in metrics.protocols().index
+    True
     """
     return PROTOCOLS.frame()
 
@@ -193,6 +205,14 @@ def select_genes(
     ------
     InputError
         No section, columns that differ, or no gene that is detected often enough.
+
+    Examples
+    --------
+    >>> import stfm as sf
+    >>> adata = sf.datasets.toy(n_spots=60, image=False)
+    >>> columns = sf.metrics.select_genes([adata.X], "hvg50")
+    >>> adata.var_names[columns[:2]].tolist()
+    ['AGR2', 'SCD']
     """
     if isinstance(n_genes, str):
         n_genes, by = GENE_SETS[check_choice("n_genes", n_genes, GENE_SETS)]

@@ -60,6 +60,12 @@ def ari(truth: ArrayLike, found: ArrayLike, *, ignore: Sequence[str] = UNLABELLE
     Returns
     -------
     The score, at most 1.
+
+    Examples
+    --------
+    >>> from stfm import metrics
+    >>> metrics.ari(["a", "a", "b", "b"], [1, 1, 0, 0])
+    1.0
     """
     from sklearn.metrics import adjusted_rand_score
 
@@ -79,6 +85,12 @@ def nmi(truth: ArrayLike, found: ArrayLike, *, ignore: Sequence[str] = UNLABELLE
     Returns
     -------
     The score between 0 and 1.
+
+    Examples
+    --------
+    >>> from stfm import metrics
+    >>> round(metrics.nmi(["a", "a", "b", "b"], [0, 0, 1, 2]), 3)
+    0.8
     """
     from sklearn.metrics import normalized_mutual_info_score
 
@@ -98,6 +110,12 @@ def ami(truth: ArrayLike, found: ArrayLike, *, ignore: Sequence[str] = UNLABELLE
     Returns
     -------
     The score: 1 for equal partitions, 0 in the mean for random ones.
+
+    Examples
+    --------
+    >>> from stfm import metrics
+    >>> round(metrics.ami(["a", "a", "b", "b"], [0, 0, 1, 2]), 3)
+    0.571
     """
     from sklearn.metrics import adjusted_mutual_info_score
 
@@ -117,6 +135,12 @@ def fmi(truth: ArrayLike, found: ArrayLike, *, ignore: Sequence[str] = UNLABELLE
     Returns
     -------
     The score between 0 and 1.
+
+    Examples
+    --------
+    >>> from stfm import metrics
+    >>> round(metrics.fmi(["a", "a", "b", "b"], [0, 0, 1, 2]), 3)
+    0.707
     """
     from sklearn.metrics import fowlkes_mallows_score
 
@@ -136,6 +160,12 @@ def homogeneity(truth: ArrayLike, found: ArrayLike, *, ignore: Sequence[str] = U
     Returns
     -------
     The score between 0 and 1.
+
+    Examples
+    --------
+    >>> from stfm import metrics
+    >>> round(metrics.homogeneity(["a", "a", "b", "b"], [0, 0, 1, 2]), 3)
+    1.0
     """
     from sklearn.metrics import homogeneity_score
 
@@ -155,6 +185,12 @@ def completeness(truth: ArrayLike, found: ArrayLike, *, ignore: Sequence[str] = 
     Returns
     -------
     The score between 0 and 1.
+
+    Examples
+    --------
+    >>> from stfm import metrics
+    >>> round(metrics.completeness(["a", "a", "b", "b"], [0, 0, 1, 2]), 3)
+    0.667
     """
     from sklearn.metrics import completeness_score
 
@@ -186,6 +222,13 @@ def chaos(labels: ArrayLike, coords: ArrayLike) -> float:
     Returns
     -------
     The mean distance, in standard deviations of the coordinates.
+
+    Examples
+    --------
+    >>> import stfm as sf
+    >>> adata = sf.datasets.toy(n_spots=60, image=False)
+    >>> round(sf.metrics.chaos(adata.obs["domain"], adata.obsm["spatial"]), 2)
+    0.64
     """
     from scipy.spatial import cKDTree
 
@@ -215,6 +258,13 @@ def pas(labels: ArrayLike, coords: ArrayLike, *, n_neighbors: int = 10, threshol
     Returns
     -------
     The share, between 0 and 1.
+
+    Examples
+    --------
+    >>> import stfm as sf
+    >>> adata = sf.datasets.toy(n_spots=60, image=False)
+    >>> round(sf.metrics.pas(adata.obs["domain"], adata.obsm["spatial"]), 2)
+    0.95
     """
     from stfm.slide.niches import knn
 
@@ -245,6 +295,13 @@ def domain_scores(
     Returns
     -------
     dict with ``ARI NMI AMI FMI HOM COM`` and, with coordinates, ``CHAOS PAS``.
+
+    Examples
+    --------
+    >>> from stfm import metrics
+    >>> scores = metrics.domain_scores(["a", "a", "b", "b"], [0, 0, 1, 2])
+    >>> round(scores["ARI"], 3)
+    0.571
     """
     agreement = {"ARI": ari, "NMI": nmi, "AMI": ami, "FMI": fmi, "HOM": homogeneity, "COM": completeness}
     scores = {name: score(truth, found, ignore=ignore) for name, score in agreement.items()}

@@ -113,6 +113,14 @@ def gene_pearson(
     ------
     InputError
         Shapes or columns that do not agree, values that are not finite, or a constant gene under ``"raise"``.
+
+    Examples
+    --------
+    >>> from stfm import metrics
+    >>> measured = [[1.0, 5.0], [2.0, 3.0], [3.0, 4.0]]
+    >>> predicted = [[1.5, 1.0], [2.5, 3.0], [3.5, 2.0]]
+    >>> metrics.gene_pearson(measured, predicted)
+    array([ 1., -1.])
     """
     check_choice("constant", constant, ("zero", "nan", "raise"))
     truth, guess = _pair(measured, predicted)
@@ -146,6 +154,14 @@ def gene_mse(
     Returns
     -------
     Errors, float64 ``(g,)``.
+
+    Examples
+    --------
+    >>> from stfm import metrics
+    >>> measured = [[1.0, 5.0], [2.0, 3.0], [3.0, 4.0]]
+    >>> predicted = [[1.5, 1.0], [2.5, 3.0], [3.5, 2.0]]
+    >>> metrics.gene_mse(measured, predicted).round(2)
+    array([0.25, 6.67])
     """
     truth, guess = _pair(measured, predicted)
     square = (truth - guess) ** 2
@@ -167,6 +183,14 @@ def thin(counts: Any, *, rng: int | np.random.Generator | None = 0) -> tuple[Any
     Returns
     -------
     Two tables of the kind of ``counts`` that add up to it; each molecule went to either with probability 1/2.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from stfm import metrics
+    >>> one, other = metrics.thin(np.full((1, 4), 100))
+    >>> one + other
+    array([[100., 100., 100., 100.]], dtype=float32)
     """
     generator = resolve_rng(rng)
     if sparse.issparse(counts):
@@ -225,6 +249,13 @@ def noise_ceiling(
     References
     ----------
     Spearman (1910) and Brown (1910), split-half reliability.
+
+    Examples
+    --------
+    >>> import stfm as sf
+    >>> adata = sf.datasets.toy(n_spots=200, image=False)
+    >>> sf.metrics.noise_ceiling(adata.X, columns=[0, 1, 2]).round(2)
+    array([0.88, 0.87, 0.79])
     """
     check_count("n_splits", n_splits)
     check_positive("target_sum", target_sum)
@@ -267,6 +298,14 @@ def expression_scores(
     -------
     DataFrame with columns ``r`` (per slide, constant = 0), ``r_pooled``, ``mse``, and with a ceiling ``ceiling`` and
     ``share`` (NaN where the ceiling is 0).
+
+    Examples
+    --------
+    >>> from stfm import metrics
+    >>> measured = [[1.0, 5.0], [2.0, 3.0], [3.0, 4.0]]
+    >>> predicted = [[1.5, 1.0], [2.5, 3.0], [3.5, 2.0]]
+    >>> list(metrics.expression_scores(measured, predicted).columns)
+    ['r', 'r_pooled', 'mse']
     """
     import pandas as pd
 

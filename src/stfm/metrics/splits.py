@@ -57,7 +57,8 @@ def check_leakage(train: ArrayLike, test: ArrayLike, *, what: str = "patient") -
 
     Examples
     --------
-    >>> check_leakage(["A", "B"], ["C"])
+    >>> from stfm import metrics
+    >>> metrics.check_leakage(["A", "B"], ["C"])
     """
     shared = sorted(set(_labels("train", train)) & set(_labels("test", test)))
     if shared:
@@ -91,6 +92,14 @@ def leave_one_group_out(groups: ArrayLike, *, patients: ArrayLike | None = None)
     ------
     InputError
         Fewer than two groups, labels that are missing, or a patient on both sides (named).
+
+    Examples
+    --------
+    >>> from stfm import metrics
+    >>> [split.name for split in metrics.leave_one_group_out(["A", "A", "B", "C"])]
+    ['A', 'B', 'C']
+    >>> metrics.leave_one_group_out(["A", "A", "B", "C"])[0].test
+    array([0, 1])
     """
     labels = _labels("groups", groups)
     names = list(dict.fromkeys(labels))
@@ -129,6 +138,12 @@ def k_fold(
     ------
     InputError
         Fewer groups than folds, labels that are missing, or a patient on both sides (named).
+
+    Examples
+    --------
+    >>> from stfm import metrics
+    >>> [split.test.tolist() for split in metrics.k_fold(["A", "A", "B", "C"], n_splits=2)]
+    [[0, 1], [2, 3]]
     """
     check_count("n_splits", n_splits, minimum=2)
     labels = _labels("groups", groups)
@@ -171,6 +186,13 @@ def spots_within_slides(
     Returns
     -------
     One :class:`Split` a slide; both sides of it lie on that slide.
+
+    Examples
+    --------
+    >>> from stfm import metrics
+    >>> (split,) = metrics.spots_within_slides(["A"] * 10)
+    >>> len(split.train), len(split.test)
+    (8, 2)
     """
     if not 0 < test_fraction < 1:
         msg = f"test_fraction must lie between 0 and 1, got {test_fraction}."

@@ -75,7 +75,9 @@ def spatial_domains(
 
     Examples
     --------
-    >>> ax = sf.pl.spatial_domains(adata)  # doctest: +SKIP
+    >>> import stfm as sf
+    >>> adata = sf.datasets.toy(n_spots=60)
+    >>> ax = sf.pl.spatial_domains(adata, "domain")
     """
     check_adata(adata)
     found = [key] if isinstance(key, str) else list(key)

@@ -67,7 +67,11 @@ def embedding(
 
     Examples
     --------
-    >>> ax = sf.pl.embedding(adata, "label")  # doctest: +SKIP
+    >>> import stfm as sf
+    >>> adata = sf.datasets.toy(n_spots=60)
+    >>> model = sf.tl.train(adata, "st-align-tiny", epochs=1)
+    >>> sf.tl.embed(adata, model)
+    >>> ax = sf.pl.embedding(adata, "domain")
     """
     check_adata(adata)
     check_choice("layout", layout, ("pca", "umap"))

@@ -85,7 +85,14 @@ def predicted_expression(
 
     Examples
     --------
-    >>> axes = sf.pl.predicted_expression(adata, "ERBB2")  # doctest: +SKIP
+    >>> import stfm as sf
+    >>> adata = sf.datasets.toy(n_spots=60, n_patients=2, mpp=4.0)
+    >>> known = adata[adata.obs["patient"] == "patient_1"].copy()
+    >>> new = adata[adata.obs["patient"] == "patient_2"].copy()
+    >>> sf.tl.predict_expression(new, reference=known, genes=["ERBB2", "MUC1"], rings=0, tile_px=64)
+    >>> axes = sf.pl.predicted_expression(new, "ERBB2")
+    >>> axes[0, 0].get_title()
+    'ERBB2 measured'
     """
     check_adata(adata)
     genes = [gene] if isinstance(gene, str) else list(gene)

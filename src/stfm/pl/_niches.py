@@ -69,6 +69,13 @@ def niches(
     ------
     MissingKeyError
         There are no niches, or a spot or library does not exist.
+
+    Examples
+    --------
+    >>> import stfm as sf
+    >>> adata = sf.datasets.toy(n_spots=60)
+    >>> sf.pp.build_niches(adata, n_neighbors=6)
+    >>> ax = sf.pl.niches(adata)
     """
     from matplotlib import pyplot as plt
     from matplotlib.collections import LineCollection

@@ -62,6 +62,14 @@ def tiles(
         No tiles were recorded, or a spot or library does not exist.
     InputError
         The number of Axes does not fit.
+
+    Examples
+    --------
+    >>> import stfm as sf
+    >>> adata = sf.datasets.toy(n_spots=60)
+    >>> sf.pp.tile(adata)
+    >>> sf.pl.tiles(adata, 4).shape
+    (2, 4)
     """
     reader, names, record = _open(adata, library, library_key, spatial_key)
     index = _choose(names, spots, rng)

@@ -42,7 +42,10 @@ def training(history: Any, losses: Sequence[str] | None = None, *, ax: Axes | No
 
     Examples
     --------
-    >>> ax = sf.pl.training(model)  # doctest: +SKIP
+    >>> import stfm as sf
+    >>> adata = sf.datasets.toy(n_spots=60)
+    >>> model = sf.tl.train(adata, "st-align-tiny", epochs=1)
+    >>> ax = sf.pl.training(model)
     """
     from matplotlib.ticker import MaxNLocator
 

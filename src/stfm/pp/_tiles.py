@@ -116,6 +116,15 @@ def tile(
     StfmWarning
         Lattice and ``spot_diameter_fullres`` contradict each other; x and y seem to be exchanged: more spots lie on
         tissue the other way round, or x runs along ``obs["array_row"]`` and y along ``obs["array_col"]``.
+
+    Examples
+    --------
+    >>> import stfm as sf
+    >>> adata = sf.datasets.toy(n_spots=60)
+    >>> sf.pp.tile(adata)
+    >>> record = adata.uns["stfm"]["tiles"]["section_1"]
+    >>> record["platform"], record["spot_um"], record["niche_um"]
+    ('Visium', 55.0, 255.0)
     """
     if not isinstance(adata, AnnData):
         msg = f"adata must be AnnData, got {type(adata).__name__}."

@@ -59,6 +59,13 @@ def as_slides(
         There are no coordinates, or a named column, layer or library does not exist.
     InputError
         Coordinates or counts cannot be used; the message names the argument that mends it.
+
+    Examples
+    --------
+    >>> import stfm as sf
+    >>> (slide,) = sf.slide.as_slides(sf.datasets.toy(n_spots=60))
+    >>> slide.name, slide.platform, slide.n_obs
+    ('section_1', 'Visium', 60)
     """
     if isinstance(data, Slide):
         return [data]
