@@ -96,7 +96,6 @@ def spatial_domains(
 
     Examples
     --------
-    >>> sf.tl.embed(adata)  # doctest: +SKIP
     >>> import stfm as sf
     >>> adata = sf.datasets.toy(n_spots=60)
     >>> model = sf.tl.train(adata, "st-align-tiny", epochs=1)
