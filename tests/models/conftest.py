@@ -25,25 +25,33 @@ def make_batch():
         generator = torch.Generator().manual_seed(seed)
         spec = model.inputs
 
-        def tiles(px: int | None) -> torch.Tensor | None:
+        def tiles(px: int | None, contexts: tuple[float, ...] = ()) -> torch.Tensor | None:
             if px is None:
                 return None
-            return torch.randint(0, 256, (n, 3, px, px), generator=generator, dtype=torch.uint8)
+            shape = (n, len(contexts), 3, px, px) if contexts else (n, 3, px, px)
+            return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
 
         def genes(wanted: bool) -> torch.Tensor | None:
             values = 3 * torch.rand(n, N_GENES, generator=generator)
             return values * (torch.rand(n, N_GENES, generator=generator) > 0.5) if wanted else None
 
         number = torch.arange(n)
+        windows = (
+            None if spec.window is None else torch.stack([(number + i) % n for i in range(min(spec.window, 7))], dim=1)
+        )
+        if windows is not None:
+            windows[:, 1:] = torch.where(windows[:, 1:] == 0, -1, windows[:, 1:])  # as at the border of a tissue
         return Batch(
-            spot_tiles=tiles(spec.spot_px),
+            spot_tiles=tiles(spec.spot_px, spec.contexts_um),
             niche_tiles=tiles(spec.niche_px),
             counts=genes(spec.counts),
             niche_counts=genes(spec.niche_counts),
-            xy_um=torch.rand(n, 2, generator=generator),
+            totals=1000 + 9000 * torch.rand(n, generator=generator) if spec.gene else None,
+            xy_um=100 * torch.rand(n, 2, generator=generator),
             slide_id=number % 2,
             index=number // 2,
             niche_index=torch.stack([number // 2 + 1, number // 2 + 2], dim=1),
+            window=windows,
         )
 
     return make

@@ -24,7 +24,13 @@ SHORT_ST_ALIGN = {
 }
 TOWER = {"width": 32, "depth": 2, "heads": 4, "out_width": 16}
 SHORT_MULTIBRANCH = {"width": 32, "depth": 3, "specific": 2, "heads": 4, "gene_width": 8, "decoder_depth": 1}
+SHORT_STORM = {
+    "image": {"name": "h0-mini", "options": {"patch": 56, "width": 32, "depth": 2, "heads": 4, "registers": 4}},
+    "width": 32, "depth": 2, "heads": 4, "gene_width": 8,
+}  # fmt: skip
 SHORT = {
+    "storm": SHORT_STORM,
+    "storm-paper": SHORT_STORM,
     "st-align": SHORT_ST_ALIGN,
     "st-align-paper": SHORT_ST_ALIGN,
     "storm-multibranch": SHORT_MULTIBRANCH | {"tile_px": 32, "n_bins": 8},
@@ -140,7 +146,9 @@ def test_missing_modality(name: str, absent: str, vocabulary, make_batch):
     assert torch.isfinite(partial.joint).all()
     present = "gene" if absent == "image" else "image"
     torch.testing.assert_close(getattr(partial, present), getattr(whole, present))
-    with pytest.raises(InputError, match="has no (image|counts)"):
+    if model.stages:
+        model.stage = "align"
+    with pytest.raises(InputError, match="has no (image|counts|H&E)"):
         model.losses(batch.without(absent))
     with pytest.raises(InputError, match="missing|neither"):
         model.embed(batch.without("image", "gene"))
@@ -185,7 +193,8 @@ def test_a_frozen_image_encoder_takes_features_for_tiles(name: str, vocabulary, 
                 model.embed(replace(batch, **{f"{level}_features": torch.zeros(8, 4), f"{level}_tiles": None}))
         else:
             with torch.no_grad():
-                fed = replace(batch, **{f"{level}_features": encoder(tiles), f"{level}_tiles": None})
+                each = encoder(tiles.flatten(0, -4)).unflatten(0, tiles.shape[:-3]).flatten(1)
+                fed = replace(batch, **{f"{level}_features": each, f"{level}_tiles": None})
                 for key, value in parts(model.embed(batch)).items():
                     torch.testing.assert_close(getattr(model.embed(fed), key), value)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -13,6 +12,7 @@ from stfm._validate import did_you_mean
 from stfm.inference.contexts import context_features, default_contexts, surround
 from stfm.inference.expression import RANKS, ExpressionPredictor, fit_expression
 from stfm.inference.features import encoder_fingerprint
+from stfm.inference.predict import nearest_genes
 from stfm.metrics._protocols import GENE_SETS, select_genes
 from stfm.slide.genes import Panel, Vocabulary, match_genes
 from stfm.slide.normalise import log_normalise
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from stfm.models.base import Model
     from stfm.slide.slide import Slide
 
-__all__ = ["SlideFeatures", "fit_on_slides", "nearest_genes", "predict_slide", "targets_of"]
+__all__ = ["SlideFeatures", "fit_on_slides", "predict_slide", "targets_of"]
 
 
 @dataclass(frozen=True)
@@ -250,12 +250,3 @@ def _named(genes: list[str], shared: Vocabulary) -> NDArray[np.int64]:
         msg = f"gene {absent[0]!r}{more} is not measured on every reference slide. {advice}"
         raise InputError(msg)
     return np.array([place[str(gene).upper()] for gene in genes], dtype=np.int64)
-
-
-def nearest_genes(gene: str, names: Sequence[str]) -> str:
-    """Return a sentence that names the genes spelled most like one that is not there."""
-    spelled = {name.upper(): name for name in names}
-    near = difflib.get_close_matches(gene.upper(), spelled, n=3, cutoff=0.6)
-    if near:
-        return f"Did you mean {' or '.join(repr(spelled[n]) for n in near)}?"
-    return f"There are {len(names)} genes, {', '.join(map(repr, names[:5]))} among them."

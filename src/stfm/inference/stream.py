@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from stfm.inference.device import autocast, evaluating, resolve_device
 from stfm.inference.readahead import read_ahead
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     import torch
     from numpy.typing import NDArray
@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from stfm.models.inputs import SlideInputs
     from stfm.nn.batch import Batch
 
-__all__ = ["PARTS", "Block", "embed_blocks", "embed_slides", "reading_order"]
+__all__ = ["PARTS", "Block", "embed_blocks", "embed_slides", "reading_order", "run_blocks"]
+
+Result = TypeVar("Result")
 
 #: attributes of an :class:`~stfm.models.base.Embedding`
 PARTS = ("joint", "image", "gene", "niche")
@@ -87,6 +89,33 @@ def embed_blocks(
     ------
     A :class:`Block` a batch.
     """
+    blocks = run_blocks(model, inputs, model.embed, batch_size=batch_size, device=device, precision=precision)
+    for number, indices, embedding in blocks:
+        yield Block(number, indices, _arrays(embedding))
+
+
+def run_blocks(
+    model: Model,
+    inputs: Sequence[SlideInputs],
+    step: Callable[[Batch], Result],
+    *,
+    batch_size: int = 256,
+    device: str | torch.device = "auto",
+    precision: str = "fp32",
+) -> Iterator[tuple[int, NDArray[np.int64], Result]]:
+    """Yield (number of the slide, positions of the spots, what ``step`` makes of their batch), block by block.
+
+    Parameters
+    ----------
+    model
+        The model; put back on its device and in its mode afterwards.
+    inputs
+        Slides made ready for it.
+    step
+        Called with batches on the device, without gradients.
+    batch_size, device, precision
+        As of :func:`embed_blocks`.
+    """
     check_count("batch_size", batch_size)
     where = resolve_device(device)
 
@@ -99,7 +128,7 @@ def embed_blocks(
 
     with evaluating(model, where), autocast(where, precision):
         for number, indices, batch in read_ahead(batches(), depth=_AHEAD):
-            yield Block(number, indices, _arrays(model.embed(batch.to(where))))
+            yield number, indices, step(batch.to(where))
 
 
 def embed_slides(

@@ -65,15 +65,20 @@ class WindowRegression(nn.Module):
         f, features of a spot.
     n_genes
         G.
+    standardise
+        Whether the features have scales of their own; off for principal components.
     """
 
     centre: Tensor
+    left: Tensor
     weights: Tensor
     intercept: Tensor
     deviation: Tensor
+    fitted: Tensor
 
-    def __init__(self, width: int, n_genes: int) -> None:
+    def __init__(self, width: int, n_genes: int, *, standardise: bool = False) -> None:
         super().__init__()
+        self.standardise = standardise
         self.register_buffer("centre", torch.zeros(3 * width))
         # Two thin matrices: their rank is what was chosen, at most that of the components.
         self.register_buffer("left", torch.zeros(3 * width, _COMPONENTS))
@@ -99,11 +104,11 @@ class WindowRegression(nn.Module):
         features = torch.cat(list(x)).float().cpu().numpy()
         goal = torch.cat(list(y)).double().cpu().numpy()
         chosen = np.sort(np.argsort(-goal.var(axis=0), kind="stable")[:_CHOSEN_BY])
-        bases = [Basis.of(features[train], _COMPONENTS) for train, _ in folds]
+        bases = [Basis.of(features[train], _COMPONENTS, standardise=self.standardise) for train, _ in folds]
         grid = Choice.grid([_COMPONENTS], ALPHAS, RANKS)
         choice = choose(features, goal[:, chosen], folds, bases, grid)
         self.deviation.copy_(torch.from_numpy(_residual(features, goal, folds, bases, choice)))
-        basis = Basis.of(features, _COMPONENTS)
+        basis = Basis.of(features, _COMPONENTS, standardise=self.standardise)
         weights, intercept = solve(basis, goal, choice)
         k = len(weights)
         self.centre.copy_(torch.from_numpy(basis.center))
@@ -116,7 +121,7 @@ class WindowRegression(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Return log-normalised expression, ``(b, G)``."""
-        return ((features - self.centre) @ self.left) @ self.weights + self.intercept  # type: ignore[no-any-return]
+        return ((features - self.centre) @ self.left) @ self.weights + self.intercept
 
 
 def _residual(

@@ -106,47 +106,41 @@ class SpatialEncoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A light decoder of one modality: MLP and blocks over the encoded tokens, mask tokens in the hidden places.
+    """A light decoder of one modality: blocks over the spots of a window, then an MLP.
+
+    A spot enters as the sum of its encoded tokens, each replaced by a mask token where it is hidden. So what one
+    modality shows of a spot lies where the other is to be written, and attention only has to bring in the neighbours.
 
     Parameters
     ----------
     config
         Width, heads and number of blocks.
-    modality
-        What it writes.
     out_width
         Width of what it writes.
     """
 
-    def __init__(self, config: STORMConfig, modality: str, out_width: int) -> None:
+    def __init__(self, config: STORMConfig, out_width: int) -> None:
         super().__init__()
         d = config.width
-        self.modality = modality
-        self.mask_token = nn.Parameter(torch.zeros(d))
-        self.source = nn.Parameter(torch.randn(2, d) * 0.02)  # own and other modality
-        self.enter = nn.Sequential(nn.Linear(d, d), nn.GELU(), nn.Linear(d, d))
+        self.mask_tokens = nn.ParameterDict({name: nn.Parameter(torch.zeros(d)) for name in MODALITIES})
+        self.enter = nn.ModuleDict({name: nn.Linear(d, d) for name in MODALITIES})
         self.blocks = nn.ModuleList(
             ExpertBlock(d, config.heads, int(d * config.mlp_ratio), n_experts=1, dropout=config.dropout)
             for _ in range(config.decoder_depth)
         )
         self.norm = nn.LayerNorm(d)
-        self.out = nn.Linear(d, out_width)
+        self.out = nn.Sequential(nn.Linear(d, d), nn.GELU(), nn.Linear(d, out_width))
 
     def forward(self, encoded: dict[str, Tensor], shown: Shown, bias: Tensor, *, middle: bool = False) -> Tensor:
         """Return ``(b, w, out_width)``, or of the middle of each window alone ``(b, 1, out_width)``."""
         like = next(iter(encoded.values()))
-        own, seen = encoded.get(self.modality), shown.of(self.modality)[..., None]
-        entered = like.new_zeros(like.shape) if own is None else self.enter(own)
-        parts = [torch.where(seen, entered, self.mask_token.to(entered.dtype)) + self.source[0]]
-        hidden = [~shown.present]
-        for name, tokens in encoded.items():
-            if name != self.modality:
-                parts.append(self.enter(tokens) + self.source[1])
-                hidden.append(~shown.of(name))
-        x = torch.cat(parts, dim=1)
+        x = torch.zeros_like(like)
+        for name in MODALITIES:
+            mask = self.mask_tokens[name].to(like.dtype)
+            entered = self.enter[name](encoded[name]) if name in encoded else like
+            x = x + torch.where(shown.of(name)[..., None], entered, mask)
         sizes = [x.shape[1]]
-        tiled = mask_keys(bias.repeat(1, 1, len(parts), len(parts)), torch.cat(hidden, dim=1))
+        kept = mask_keys(bias, ~shown.present)
         for block in self.blocks:
-            x = block(x, [0], sizes, bias=tiled)
-        written = x[:, : 1 if middle else seen.shape[1]]
-        return self.out(self.norm(written))  # type: ignore[no-any-return]
+            x = block(x, [0], sizes, bias=kept)
+        return self.out(self.norm(x[:, :1] if middle else x))  # type: ignore[no-any-return]

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import pandas as pd
+    from numpy.typing import NDArray
 
     from stfm.models.inputs import InputSpec, SlideInputs
     from stfm.nn.batch import Batch
@@ -122,6 +124,26 @@ class Model(nn.Module, ABC):
     @abstractmethod
     def embed(self, batch: Batch) -> Embedding:
         """Return the embedding of every spot; either modality may be missing."""
+
+    def predict(self, batch: Batch, *, own: bool = False) -> Prediction:
+        """Return expected expression of every spot on the model's vocabulary, of a model that writes expression.
+
+        Parameters
+        ----------
+        batch
+            With H&E, with counts of some spots (``measured``), or both.
+        own
+            Whether the counts of the spot itself may be used, or those of its neighbours alone.
+        """
+        msg = (
+            f"{self.family!r} writes no expression; fit a predictor on its features with "
+            "sf.tl.fit_expression(reference, features=model)."
+        )
+        raise InputError(msg)
+
+    def written_genes(self) -> NDArray[np.bool_]:
+        """Return which genes of the vocabulary :meth:`predict` has learned to write, bool ``(G,)``; none by default."""
+        return np.zeros(0 if self.vocabulary is None else len(self.vocabulary), dtype=bool)
 
     def layers(self) -> list[list[nn.Module]]:
         """Return the parts from input to output, for learning rates that fall with depth; none by default."""

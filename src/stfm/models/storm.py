@@ -27,6 +27,9 @@ from stfm.nn.losses import Temperature, contrastive_loss
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import numpy as np
+    from numpy.typing import NDArray
+
     from stfm._registry import Registry
     from stfm.models.inputs import SlideInputs
     from stfm.models.registry import ModelSpec
@@ -114,16 +117,16 @@ class STORM(Model):
         self.linear: WindowRegression | None = None
         if config.reads_image and config.image is not None:
             self.image = ImageTokens(build_image(config.image, pretrained=pretrained), config)
-            self.image_decoder = Decoder(config, "image", self.image.width)
+            self.image_decoder = Decoder(config, self.image.width)
             self.image_log_variance = nn.Parameter(torch.zeros(self.image.width))
             if config.linear_blend > 0:
-                self.linear = WindowRegression(self.image.width, n_genes)
+                self.linear = WindowRegression(self.image.width, n_genes, standardise=config.feature_components == 0)
         self.gene_encoder = None
         if config.gene is not None:
             self.gene_encoder = build_gene(config.gene, vocabulary, pretrained=pretrained)
         self.gene_token = nn.Linear(config.gene_width if self.gene_encoder is None else self.gene_encoder.width, d)
         self.spatial = SpatialEncoder(config)
-        self.gene_decoder = Decoder(config, "gene", config.gene_width)
+        self.gene_decoder = Decoder(config, config.gene_width)
         self.align_heads = nn.ModuleDict({name: nn.Linear(d, d) for name in ("image", "gene")})
         self.temperature = Temperature(config.temperature, learned=True)
         self.register_buffer("typical_total", torch.full((), 1e4))
@@ -162,7 +165,9 @@ class STORM(Model):
 
     def layers(self) -> list[list[nn.Module]]:
         """Return the modules from input to output, for layer-wise learning rates: embeddings, then the blocks."""
-        embeddings = [part for part in (self.image, self.table, self.gene_encoder, self.gene_token) if part is not None]
+        embeddings: list[nn.Module] = [
+            part for part in (self.image, self.table, self.gene_encoder, self.gene_token) if part is not None
+        ]
         return [embeddings, *([block] for block in self.spatial.blocks)]
 
     def windows(self, batch: Batch) -> Windows:
@@ -202,7 +207,7 @@ class STORM(Model):
         InputError
             The stage needs a modality that the batch lacks; the message says which stage can run.
         """
-        check_batch(batch, training=self.training and self.stage == "align")
+        check_batch(batch, training=self.training)
         if self.stage == "mask":
             return self._mask_losses(batch)
         align = self._align_loss(batch)
@@ -234,10 +239,8 @@ class STORM(Model):
         decoder, features = cast("Decoder", self.image_decoder), cast("Tensor", windows.features)
         hidden = windows.image & ~shown.image
         written = decoder(encoded, shown, windows.bias)[hidden].float()
-        if not len(written):
-            return decoder.out.bias.sum() * 0.0
         target = features[windows.rows[hidden]].detach().float()
-        return gaussian_nll(target, written, self.image_log_variance).mean()
+        return _mean(gaussian_nll(target, written, self.image_log_variance))
 
     def _gene_loss(self, batch: Batch, windows: Windows, encoded: dict[str, Tensor], shown: Shown) -> Tensor:
         """Likelihood of the hidden expression, of the genes that were measured."""
@@ -245,16 +248,13 @@ class STORM(Model):
         measured = windows.present if batch.measured is None else windows.present & batch.measured[windows.rows]
         hidden = measured & ~shown.gene
         u = self.gene_decoder(encoded, shown, windows.bias)[hidden].float()
-        if not len(u):
-            return self.gene_decoder.out.bias.sum() * 0.0
         rows = windows.rows[hidden]
         genes = self._drawn_genes(counts.device)
         with torch.autocast(u.device.type, enabled=False):
             loss = self.table.nll(u, counts[rows][:, genes].float(), totals[rows], genes)
         if batch.gene_mask is None:
-            return loss.mean()
-        there = batch.gene_mask[rows][:, genes].to(loss.dtype)
-        return (loss * there).sum() / there.sum().clamp_min(1.0)
+            return _mean(loss)
+        return _mean(loss, batch.gene_mask[rows][:, genes].to(loss.dtype))
 
     def _drawn_genes(self, device: torch.device) -> Tensor:
         n = len(self.table.known)
@@ -324,6 +324,10 @@ class STORM(Model):
             mean = (1 - blend) * mean + blend * self.linear(seen)
         return Prediction(mean, variance.sqrt() * self.calibration)
 
+    def written_genes(self) -> NDArray[np.bool_]:
+        """Return which genes were measured on a training slide, bool ``(G,)``."""
+        return self.table.known.cpu().numpy()
+
     def fit_inputs(self, slides: Sequence[SlideInputs]) -> None:
         """Start from the training slides: gene table, scale of image features, regression on windows."""
         with_counts = [slide for slide in slides if slide.has_gene]
@@ -341,6 +345,13 @@ class STORM(Model):
         if level != "spot" or self.image is None or not self.image.encoder.frozen:
             return None
         return self.image.encoder
+
+
+def _mean(loss: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Return the mean; 0, still joined to what made it, where nothing was hidden in the whole batch."""
+    if weight is None:
+        return loss.sum() / max(1, loss.numel())
+    return (loss * weight).sum() / weight.sum().clamp_min(1.0)
 
 
 def register(models: Registry[ModelSpec]) -> None:

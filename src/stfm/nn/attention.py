@@ -113,7 +113,7 @@ class Attention(nn.Module):
         return mixed
 
     def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # type: ignore[no-any-return]
 
 
 class FeedForward(nn.Sequential):

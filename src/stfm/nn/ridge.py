@@ -73,11 +73,16 @@ class Basis:
     power: NDArray[np.float64]
 
     @classmethod
-    def of(cls, x: NDArray[np.float32], n_components: int) -> Basis:
-        """Compute it by the smaller of the two Gram matrices."""
+    def of(cls, x: NDArray[np.float32], n_components: int, *, standardise: bool = True) -> Basis:
+        """Compute it by the smaller of the two Gram matrices.
+
+        Features that are principal components already are not to be standardised again, which would give the last of
+        them the weight of the first.
+        """
         center = x.mean(axis=0, dtype=np.float64).astype(np.float32)
         scale = x.std(axis=0, dtype=np.float64)
-        scale = np.where(scale > _FLAT * np.maximum(np.abs(center), 1.0), scale, 1.0).astype(np.float32)
+        varies = scale > _FLAT * np.maximum(np.abs(center), 1.0)
+        scale = np.where(varies & standardise, scale, 1.0).astype(np.float32)
         z = (x - center) / scale
         if z.shape[0] <= z.shape[1]:
             power, left = _leading((z @ z.T).astype(np.float64), n_components)

@@ -10,15 +10,17 @@ if TYPE_CHECKING:
     from stfm.tl._domains import spatial_domains
     from stfm.tl._embed import embed
     from stfm.tl._expression import fit_expression, predict_expression
+    from stfm.tl._impute import impute
     from stfm.tl._train import train
 
-__all__ = ["embed", "fit_expression", "predict_expression", "spatial_domains", "train"]
+__all__ = ["embed", "fit_expression", "impute", "predict_expression", "spatial_domains", "train"]
 
 __getattr__, __dir__, _ = _lazy.attach(
     __name__,
     {
         "embed": "_embed",
         "fit_expression": "_expression",
+        "impute": "_impute",
         "predict_expression": "_expression",
         "spatial_domains": "_domains",
         "train": "_train",

@@ -12,9 +12,14 @@ from stfm._keys import PREDICTED, SPATIAL
 from stfm._provenance import record
 from stfm._validate import check_choice, check_key
 from stfm.inference.expression import METHODS, RANKS, ExpressionPredictor
-from stfm.inference.expression_slides import SlideFeatures, fit_on_slides, nearest_genes, predict_slide
+from stfm.inference.expression_slides import SlideFeatures, fit_on_slides, predict_slide
+from stfm.inference.predict import nearest_genes
+from stfm.models.base import WEIGHTS_FILE
+from stfm.models.base import Model as ModelClass
+from stfm.models.registry import load
 from stfm.slide.read import as_slides
 from stfm.tl._seen import exposure
+from stfm.tl._written import SCALE, describe_written, measured_spots, write_expression
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -29,16 +34,14 @@ if TYPE_CHECKING:
 
 __all__ = ["fit_expression", "predict_expression"]
 
-#: what is said beside a prediction
-SCALE = "log1p(1e4 * counts / sum of counts)"
-
 
 def predict_expression(
     adata: AnnData,
     *,
     reference: Any = None,
-    model: ExpressionPredictor | str | Path | None = None,
+    model: ExpressionPredictor | Model | str | Path | None = None,
     genes: str | Sequence[str] | None = None,
+    measured_key: str | None = None,
     method: Literal["ridge", "mlp"] = "ridge",
     rule: Literal["best", "one_se"] = "best",
     features: str | ImageEncoder | Model = "handcrafted",
@@ -61,7 +64,8 @@ def predict_expression(
     """Predict expression from H&E alone.
 
     Either a predictor is fitted on a ``reference`` (slides with H&E and counts), or one that was fitted before
-    (:func:`stfm.tl.fit_expression`) is given as ``model``. The counts of ``adata``, if it has any, are not looked at.
+    (:func:`stfm.tl.fit_expression`) is given as ``model``, or a trained model that writes expression by itself
+    (``storm``). The counts of ``adata``, if it has any, are not looked at, but for spots that ``measured_key`` names.
 
     Parameters
     ----------
@@ -71,10 +75,13 @@ def predict_expression(
         AnnData, path, slide, or a list of these, with H&E and raw counts. Give two sections or more: penalty and rank
         are then chosen by leaving out one after the other; of a single one, blocks are left out.
     model
-        A fitted predictor, or the folder that its ``save`` wrote.
+        A fitted predictor, a trained model that writes expression, or the folder that its ``save`` wrote.
     genes
         Genes to predict: names, or a gene set of the protocols, ``"hvg250"`` (the 250 of highest variance on the
         reference; the default), ``"hvg50"``, ``"hmg250"``. With ``model``: some of its genes.
+    measured_key
+        Column of ``obs``, True for the spots whose counts may be used for the others (in-context prediction); only of a
+        model that writes expression.
     method
         ``"ridge"``, or ``"mlp"``: the paper's MLP on frozen features, here as a correction of ridge whose epochs are
         chosen on held-out sections.
@@ -155,20 +162,26 @@ def predict_expression(
     if (reference is None) == (model is None):
         msg = "give either reference= (slides with H&E and counts to learn from) or model= (a fitted predictor)."
         raise InputError(msg)
+    fitted, source = (None, "reference") if model is None else _resolve(model)
+    if isinstance(fitted, ModelClass):
+        return _by_model(
+            adata, fitted, source, genes, measured_key, library_key=library_key, spatial_key=spatial_key, layer=layer,
+            image=image, mpp=mpp, batch_size=batch_size, device=device, cache=cache, key_added=key_added, copy=copy,
+        )  # fmt: skip
+    if measured_key is not None:
+        msg = "measured_key= needs a model that writes expression (storm); a predictor of features reads no counts."
+        raise InputError(msg)
     targets = as_slides(
         adata, library_key=library_key, spatial_key=spatial_key, image=image, mpp=mpp, modalities=("image",)
     )
     _need_images(targets)
-    if reference is not None:
+    if fitted is None:
         fitted = fit_expression(
             reference, genes=genes, method=method, rule=rule, features=features, weights=weights,
             contexts_um=contexts_um, rings=rings, tile_px=tile_px,
             library_key=library_key, spatial_key=spatial_key, layer=layer,
             image=_mapping(image), mpp=_mapping(mpp), batch_size=batch_size, device=device, cache=cache, rng=rng,
         )  # fmt: skip
-        source = "reference"
-    else:
-        fitted, source = _resolve(model)
     columns = _columns(fitted, genes if reference is None else None)
     seen = exposure(targets, fitted.seen, getattr(features, "seen", None))
     if adata.X is not None and adata.n_vars:  # measured: somebody may correlate
@@ -183,6 +196,39 @@ def predict_expression(
     written.obsm[key_added] = _frame(values, written, [fitted.genes[i] for i in columns])
     written.uns[key_added] = _describe(fitted, source, seen)
     return written if copy else None
+
+
+def _by_model(
+    adata: AnnData,
+    model: Model,
+    source: str,
+    genes: str | Sequence[str] | None,
+    measured_key: str | None,
+    *,
+    key_added: str,
+    copy: bool,
+    **how: Any,
+) -> AnnData | None:
+    """Let a model write the expression of the spots that were not measured."""
+    from stfm.slide.from_anndata import target
+
+    if isinstance(genes, str):
+        msg = f"genes={genes!r} names a gene set, which is chosen on a reference; of a trained model name the genes."
+        raise InputError(msg)
+    measured = measured_spots(adata, measured_key)
+    written = write_expression(
+        adata, model, genes, measured=measured, use_counts=measured is not None, own=False, **how
+    )
+    _need_images(written.slides)
+    seen = exposure(written.slides, model.seen)
+    if adata.X is not None and adata.n_vars:
+        seen.warn(stacklevel=3)
+    result = target(adata, copy=copy)
+    result.obsm[key_added] = _frame(written.mean, result, written.genes)
+    result.obsm[f"{key_added}_sd"] = _frame(written.deviation, result, written.genes)
+    used = 0 if measured is None else int(measured.sum())
+    result.uns[key_added] = describe_written(model, source, written, seen, n_measured=used)
+    return result if copy else None
 
 
 def fit_expression(
@@ -310,10 +356,12 @@ def _mapping(value: Any) -> Any:
     return value if isinstance(value, MappingType) else None
 
 
-def _resolve(model: Any) -> tuple[ExpressionPredictor, str]:
-    if isinstance(model, ExpressionPredictor):
+def _resolve(model: Any) -> tuple[ExpressionPredictor | Model, str]:
+    if isinstance(model, (ExpressionPredictor, ModelClass)):
         return model, "memory"
     if isinstance(model, (str, Path)):
+        if (Path(model).expanduser() / WEIGHTS_FILE).is_file():
+            return load(model), str(model)
         return ExpressionPredictor.load(model), str(model)
     msg = f"model must be a fitted predictor or the folder it was saved to, got {type(model).__name__}."
     raise WrongTypeError(msg)
