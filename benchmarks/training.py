@@ -1,6 +1,6 @@
 """What training and embedding cost beside the bare model, and whether memory stays flat.
 
-python benchmarks/training.py [--models st-align-tiny st-align-small] [--spots 1500] [--json FILE]
+python benchmarks/training.py [--models st-align-tiny st-align-small] [--spots 1500] [--out benchmarks/results]
 
 * step share: time of forward + backward on batches that lie ready, over the time of a whole step of ``fit`` (reading,
   augmentation, Lightning, clipping, optimiser, schedules, journal). Goal: 0.85.
@@ -14,11 +14,8 @@ it tells the same on a busy machine (what the reader thread does beside it is no
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import resource
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -28,6 +25,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import torch
+from _common import table, write
 
 import stfm as sf
 from stfm.inference.features import use_frozen_features
@@ -154,17 +152,23 @@ def peak_memory(name: str, sizes) -> dict:
     return peaks
 
 
-def machine() -> dict:
-    """Where the numbers come from."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    return {
-        "commit": commit,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "machine": platform.machine(),
-        "seed": 0,
-    }
+def tables(result: dict) -> str:
+    """The tables in markdown: time of training and of embedding, growth of memory."""
+    blocks = []
+    for what, title, goal in (
+        ("step", "Training: a step of `fit`", 0.85),
+        ("embed", "Embedding: `embed_slides`", 0.90),
+    ):
+        head = ["model", "bare model ms", "whole ms", "share", "share of CPU time", "goal reached"]
+        rows = [
+            [name, row["bare_ms"], row[f"{what}_ms"], row["share"], row["share_of_cpu"], bool(row["share"] >= goal)]
+            for name, row in result[what].items()
+        ]
+        blocks.append(f"## {title} beside the bare model (goal: a share of {goal:.2f})\n\n{table(head, rows)}")
+    memory = [[f"{int(n):,}", mb] for n, mb in result["memory_mb"].items()]
+    blocks.append(f"## Growth of the peak memory while embedding\n\n{table(['spots', 'MB'], memory)}")
+    said = f"{result['spots']} spots, {result['threads']} threads, {result['runs']} turns; the fastest of each counts."
+    return "\n\n".join([said, *blocks])
 
 
 def main() -> int:
@@ -173,11 +177,13 @@ def main() -> int:
     parser.add_argument("--spots", type=int, default=1500)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--sizes", nargs="+", type=int, default=[10_000, 100_000, 1_000_000])
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
 
     slides = sf.slide.as_slides(sf.datasets.toy(n_spots=options.spots, n_patients=2))
-    results: dict = {"machine": machine(), "spots": 2 * options.spots, "step": {}, "embed": {}}
+    results: dict = {
+        "spots": 2 * options.spots, "runs": options.runs, "threads": torch.get_num_threads(), "step": {}, "embed": {},
+    }  # fmt: skip
     for name in options.models:
         for what, measure in (("step", step_share), ("embed", embed_share)):
             row = results[what][name] = measure(name, slides, options.runs)
@@ -187,8 +193,9 @@ def main() -> int:
             )
     results["memory_mb"] = peak_memory(options.models[0], options.sizes)
     print("growth of peak memory:", ", ".join(f"{n:,} spots {mb:.0f} MB" for n, mb in results["memory_mb"].items()))
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=2) + "\n")
+    text = tables(results)
+    write(options.out / "training", results, text, seed=0)
+    print(text)
     return 0
 
 
