@@ -24,7 +24,7 @@ BOTH = pytest.mark.parametrize("name", ["storm-multibranch", "storm-multibranch-
 
 def make(name: str, vocabulary, seed: int = 0, **changes):
     torch.manual_seed(seed)
-    values = BINS if name == "storm-multibranch" else NARROW
+    values = BINS if name == "storm-multibranch" else NARROW | {"hidden_genes": 0.0, "replay": 0.0}
     return create(name, vocabulary, **{**values, **changes})
 
 
@@ -98,7 +98,7 @@ class TestMasking:
     def test_each_patch_of_bins_shows_one_modality(self, vocabulary):
         model = make("storm-multibranch", vocabulary)
         tissue = tissue_of_bins(model)
-        latent, image_shown, gene_shown = model._mask(*inputs_of(model, tissue), tissue)
+        latent, image_shown, gene_shown, _ = model._mask(*inputs_of(model, tissue), tissue)
         assert torch.equal(image_shown, ~gene_shown)
         assert image_shown.sum(dim=1).eq(8).all()
         assert latent.x.shape == (4, 16, 32)
@@ -106,7 +106,7 @@ class TestMasking:
     def test_patches_under_a_shown_spot_are_hidden(self, vocabulary):
         model = make("storm-multibranch-small", vocabulary)
         tissue = tissue_of_spots(model)
-        _, image_shown, gene_shown = model._mask(*inputs_of(model, tissue), tissue)
+        _, image_shown, gene_shown, _ = model._mask(*inputs_of(model, tissue), tissue)
         under = model._under(tissue)
         assert under[tissue.present].any(dim=1).all()
         assert not (image_shown[:, None] & under & gene_shown[:, :, None]).any()
@@ -120,7 +120,7 @@ class TestMasking:
         model = make(name, vocabulary, decoder=decoder)
         tissue = tissue_of(model)
         patches, scaled = inputs_of(model, tissue)
-        latent, image_shown, gene_shown = model._mask(patches, scaled, tissue)
+        latent, image_shown, gene_shown, _ = model._mask(patches, scaled, tissue)
         outputs = [d(latent, model.position(latent.xy_um)).sum() for d in (model.gene_decoder, model.image_decoder)]
         to_patches, to_genes = torch.autograd.grad(sum(outputs), (patches, scaled))
         assert to_patches[~image_shown].abs().max() == 0
@@ -143,7 +143,7 @@ class TestMasking:
         model = make(name, vocabulary).eval()
         tissue = tissue_of(model)
         patches, scaled = inputs_of(model, tissue)
-        latent, image_shown, gene_shown = model._mask(patches, scaled, tissue)
+        latent, image_shown, gene_shown, _ = model._mask(patches, scaled, tissue)
         predicted = model._decoded_pixels(latent).detach()
         losses = model._mask_losses(patches, scaled, tissue)
         expected = torch.nn.functional.smooth_l1_loss(predicted[~image_shown], patches[~image_shown])
@@ -190,7 +190,7 @@ def test_genes_that_were_not_measured_are_out_of_the_loss(name: str, vocabulary)
     mask = torch.ones(len(tissue.present), N_GENES, dtype=torch.bool)
     mask[:, ::3] = False
     counts = torch.where(mask[:, None], tissue.counts, 1e6)
-    model.tissue_losses(tissue._replace(counts=counts, gene_mask=mask))["loss"].backward()
+    model.tissue_losses(tissue._replace(counts=counts, gene_mask=mask[:, None]))["loss"].backward()
     absent, there = slice(0, None, 3), [i for i in range(N_GENES) if i % 3]
     out, read = model.gene_decoder.genes, model.expression.genes
     assert out.weight.grad[absent].abs().max() == 0
@@ -229,6 +229,15 @@ class TestStages:
             assert bool(frozen) == (stage == "align")
         with pytest.raises(InputError, match="stage='tune' is unknown"):
             model.stage = "tune"
+
+    def test_alignment_can_go_on_masking(self, vocabulary, make_batch):
+        model = make("storm-multibranch-small", vocabulary, replay=0.5)
+        model.stage = "align"
+        losses = model.losses(make_batch(model))
+        assert set(losses) == {"loss", "gene", "image", "contrastive", "matching"}
+        expected = 0.5 * (losses["gene"] + losses["image"]) + losses["contrastive"] + losses["matching"]
+        torch.testing.assert_close(losses["loss"], expected)
+        assert all(p.requires_grad for p in model.parameters())
 
     def test_a_weight_of_zero_leaves_a_loss_and_its_decoder_out(self, vocabulary, make_batch):
         model = make("storm-multibranch-small", vocabulary, pixel_weight=0.0, matching_weight=0.0)
@@ -325,18 +334,103 @@ class TestSites:
         assert create("storm-multibranch-small", vocabulary, tile_um=80.0).inputs.spot_um == 80.0
 
 
-@BOTH
-@pytest.mark.parametrize("decoder", ["self", "cross"])
-def test_expression_from_the_image(name: str, decoder: str, vocabulary, make_batch):
-    model = make(name, vocabulary, decoder=decoder, standardise="zscore").eval()
-    model.expression.scaler.mean.fill_(2.0)
-    batch = make_batch(model)
-    with torch.no_grad():
-        predicted = model.predict_genes(batch)
-        assert predicted.shape == (8, N_GENES)
-        assert abs(float(predicted.mean()) - 2.0) < 0.5  # in the units of the counts
-        torch.testing.assert_close(model.predict_genes(batch.without("gene")), predicted)
-        assert not torch.equal(predicted[1], predicted[0])
+class TestPrediction:
+    @BOTH
+    @pytest.mark.parametrize("decoder", ["self", "cross"])
+    def test_from_the_image(self, name: str, decoder: str, vocabulary, make_batch):
+        model = make(name, vocabulary, decoder=decoder, standardise="zscore", window=1).eval()
+        model.expression.scaler.mean.fill_(2.0)
+        batch = make_batch(model)
+        with torch.no_grad():
+            predicted = model.predict(batch).mean
+            assert predicted.shape == (8, N_GENES)
+            assert abs(float(predicted.mean()) - 2.0) < 0.5  # in the units of the counts
+            torch.testing.assert_close(model.predict(batch.without("gene")).mean, predicted)
+            assert not torch.equal(predicted[1], predicted[0])
+        with pytest.raises(InputError, match="not trained to denoise"):
+            model.predict(batch, own=True)
+        with pytest.raises(InputError, match="The batch has no image"):
+            model.predict(batch.without("image"))
+
+    def test_is_what_masking_trains(self, vocabulary, make_batch):
+        """With every site hidden, a step of masking predicts what ``predict`` returns."""
+        model = make("storm-multibranch-small", vocabulary).eval()
+        batch = make_batch(model)
+        tissue = model.read(batch)
+        with torch.no_grad():
+            latent, _ = model._encode_shown(*inputs_of(model, tissue), tissue, ~tissue.present)
+            expected = model.gene_decoder.genes(model._decoded_sites(latent)[:, 0])
+            torch.testing.assert_close(model.predict(batch).mean, expected)
+
+    @BOTH
+    def test_own_counts(self, name: str, vocabulary, make_batch):
+        model = make(name, vocabulary, hidden_genes=0.3, window=1).eval()
+        batch = make_batch(model)
+        other = replace(batch, counts=batch.counts.flip(0))
+        with torch.no_grad():
+            assert torch.equal(model.predict(batch).mean, model.predict(other).mean)
+            assert not torch.equal(model.predict(batch, own=True).mean, model.predict(other, own=True).mean)
+            assert torch.isfinite(model.predict(batch.without("image"), own=True).mean).all()
+
+    def test_neighbours_that_were_measured(self, vocabulary):
+        model = make("storm-multibranch-small", vocabulary, window=2, tile_um=112.0).eval()
+        batch = Batch(
+            spot_tiles=torch.randint(0, 256, (3, 3, 112, 112), dtype=torch.uint8),
+            counts=torch.rand(3, N_GENES),
+            xy_um=torch.tensor([[0.0, 0.0], [30.0, 0.0], [0.0, 30.0]]),
+            window=torch.tensor([[0, 1], [2, 0]]),
+            measured=torch.tensor([False, True, False]),
+        )
+        changed = batch.counts.clone()
+        changed[[0, 2]] = 7.0  # not measured: not read
+        with torch.no_grad():
+            first = model.predict(batch).mean
+            torch.testing.assert_close(model.predict(replace(batch, counts=changed)).mean, first)
+            changed[1] = 7.0
+            second = model.predict(replace(batch, counts=changed)).mean
+        assert not torch.equal(second[0], first[0])
+        torch.testing.assert_close(second[1], first[1])
+
+    def test_genes_hidden_where_expression_is_shown(self, vocabulary, make_batch):
+        model = make("storm-multibranch-small", vocabulary, hidden_genes=0.5).train()
+        model.stage = "mask"
+        tissue = tissue_of_spots(model)
+        patches, scaled = inputs_of(model, tissue)
+        latent, _, gene_shown, hidden = model._mask(patches, scaled, tissue)
+        (gradient,) = torch.autograd.grad(latent.start.sum(), scaled)
+        assert 0.3 < float(hidden.float().mean()) < 0.7
+        assert gradient.masked_select(hidden).abs().max() == 0
+        assert gradient[gene_shown].abs().max() > 0
+        assert set(model.losses(make_batch(model))) == {"loss", "gene", "filled", "image"}
+
+    def test_deviation_is_the_error_that_training_left(self, vocabulary, make_batch):
+        model = make("storm-multibranch-small", vocabulary, standardise="zscore").train()
+        model.stage = "mask"
+        batch = make_batch(model, n=32)
+        model.expression.fit(batch.counts)
+        for _ in range(80):
+            model.losses(batch)
+        deviation = model.eval().predict(batch).deviation
+        assert deviation.shape == (32, N_GENES)
+        spread = batch.counts.std(dim=0)  # an untrained model predicts about the mean
+        assert float((deviation[0] / spread).median()) == pytest.approx(1.0, abs=0.2)
+
+    def test_genes_that_were_learned(self, vocabulary):
+        from types import SimpleNamespace
+
+        model = make("storm-multibranch-small", vocabulary)
+        assert not model.written_genes().any()
+        rng = np.random.default_rng(0)
+        halves = np.arange(N_GENES) < 20, (np.arange(N_GENES) >= 10) & (np.arange(N_GENES) < 30)
+        slides = [
+            SimpleNamespace(
+                has_gene=True, has_image=False, n_obs=9, match=SimpleNamespace(mask=mask),
+                expression=lambda index: rng.random((len(index), N_GENES), dtype=np.float32),
+            )
+            for mask in halves
+        ]  # fmt: skip
+        model.fit_inputs(slides)
+        assert model.written_genes().nonzero()[0].tolist() == list(range(30))
 
 
 class TestFineTuning:
@@ -399,7 +493,7 @@ class TestPublishedLayout:
         assert shapes["encoder.blocks.0.attn.qkv.weight"] == (96, 32)
         assert "encoder.blocks.1.mlp_expr.fc2.bias" in shapes
         assert "encoder.blocks.2.mlp.fc2.bias" in shapes
-        n_fitted = 2 * N_GENES + 6
+        n_fitted = 4 * N_GENES + 6
         assert (
             sum(int(np.prod(s)) for s in shapes.values())
             == sum(t.numel() for t in model.state_dict().values()) - n_fitted

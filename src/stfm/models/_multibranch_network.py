@@ -38,6 +38,8 @@ class TissueNetwork(Model):
 
     config_class: ClassVar[type[Any]] = StormMultiBranchConfig
     config: StormMultiBranchConfig
+    learned: Tensor
+    residual: Tensor
     pixel_mean: Tensor
     pixel_scale: Tensor
     centres: Tensor
@@ -71,6 +73,8 @@ class TissueNetwork(Model):
         )
         self.gene_decoder = Decoder(config, cells * cells * config.gene_width, len(vocabulary))
         self.image_decoder = Decoder(config, patch)
+        self.register_buffer("learned", torch.zeros(len(vocabulary), dtype=torch.bool))
+        self.register_buffer("residual", torch.ones(len(vocabulary)))
         self.register_buffer("pixel_mean", torch.zeros(3))
         self.register_buffer("pixel_scale", torch.ones(3))
         self.register_buffer("centres", grid_centres(config.side, config.extent_um), persistent=False)
@@ -156,33 +160,53 @@ class TissueNetwork(Model):
         xy_um = tissue.xy_um
         return torch.cat([self.centres.expand(len(xy_um), -1, -1), xy_um], dim=1)
 
-    def _mask(self, patches: Tensor, scaled: Tensor, tissue: Tissue) -> tuple[Latent, Tensor, Tensor]:
+    def _mask(self, patches: Tensor, scaled: Tensor, tissue: Tissue) -> tuple[Latent, Tensor, Tensor, Tensor | None]:
         """Show either image or expression at each place and encode that.
 
         Returns
         -------
-        What was encoded; where the image was shown, bool ``(b, p)``; where expression was, ``(b, p)`` or ``(b, s)``.
+        What was encoded; where the image was shown, bool ``(b, p)``; where expression was, ``(b, p)`` or ``(b, s)``;
+        and which genes were hidden there too, bool ``(b, 1, G)``, or None.
         """
         # In evaluation the same places are hidden every time, so that epochs can be compared.
         generator = None if self.training else torch.Generator().manual_seed(0)
+        n, p = patches.shape[:2]
+        hidden_genes = None
+        if self.config.hidden_genes > 0:
+            # The same genes in the whole tile, as of another panel.
+            hidden_genes = torch.rand(n, 1, scaled.shape[2], generator=generator) < self.config.hidden_genes
+            hidden_genes = hidden_genes.to(scaled.device)
+            scaled = scaled.masked_fill(hidden_genes, 0.0)
+        if self.config.expression == "spots":
+            shown = show_sites(tissue.present, self.config.mask_ratio, generator).to(scaled.device)
+            latent, image_shown = self._encode_shown(patches, scaled, tissue, shown)
+            return latent, image_shown, shown, hidden_genes
+        shown = hide_positions(n, p, self.config.mask_ratio, generator).to(scaled.device)
+        place = shown.to(torch.uint8).argsort(dim=1, stable=True)
+        n_image = p - int(shown[0].sum())
         image, gene = self._image_tokens(patches), self._gene_tokens(scaled, tissue)
-        n, p, _ = image.shape
-        if self.config.expression == "bins":
-            shown = hide_positions(n, p, self.config.mask_ratio, generator).to(image.device)
-            place = shown.to(torch.uint8).argsort(dim=1, stable=True)
-            n_image = p - int(shown[0].sum())
-            x = torch.cat([take_rows(image, place[:, :n_image]), take_rows(gene, place[:, n_image:])], dim=1)
-            x = self.encoder(x, self.centres[None], experts=(IMAGE, GENE), sizes=(n_image, p - n_image), place=place)
-            x = torch.zeros_like(x).scatter(1, place[:, :, None].expand_as(x), x)
-            return Latent(x, None, x, None, self.centres[None]), ~shown, shown
-        shown = show_sites(tissue.present, self.config.mask_ratio, generator).to(image.device)
-        image_shown = ~(self._under(tissue) & shown[:, :, None]).any(dim=1)
+        x = torch.cat([take_rows(image, place[:, :n_image]), take_rows(gene, place[:, n_image:])], dim=1)
+        x = self.encoder(x, self.centres[None], experts=(IMAGE, GENE), sizes=(n_image, p - n_image), place=place)
+        x = torch.zeros_like(x).scatter(1, place[:, :, None].expand_as(x), x)
+        return self._latent_of_bins(x), ~shown, shown, hidden_genes
+
+    def _encode_shown(
+        self, patches: Tensor, scaled: Tensor, tissue: Tissue, shown: Tensor, *, blind: bool = False
+    ) -> tuple[Latent, Tensor]:
+        """Show the expression of some sites and the image where none of them lies; returns also where that is.
+
+        With ``blind`` there is no image to show.
+        """
+        image, gene = self._image_tokens(patches), self._gene_tokens(scaled, tissue)
+        image_shown = ~(self._under(tissue) & shown[:, :, None]).any(dim=1) & (not blind)
         hidden = ~torch.cat([image_shown, shown], dim=1)
+        sizes = (image.shape[1], gene.shape[1])
         xy_um = self._places(tissue)
-        x = self.encoder(
-            torch.cat([image, gene], 1), xy_um, experts=(IMAGE, GENE), sizes=(p, gene.shape[1]), padding=hidden
-        )
-        return self._filled(x[:, :p], x[:, p:], image_shown, shown, tissue), image_shown, shown
+        x = self.encoder(torch.cat([image, gene], 1), xy_um, experts=(IMAGE, GENE), sizes=sizes, padding=hidden)
+        return self._filled(x[:, : sizes[0]], x[:, sizes[0] :], image_shown, shown, tissue), image_shown
+
+    def _latent_of_bins(self, x: Tensor) -> Latent:
+        return Latent(x, None, x, None, self.centres[None])
 
     def _filled(self, image: Tensor, sites: Tensor, image_shown: Tensor, shown: Tensor, tissue: Tissue) -> Latent:
         """Put the other modality's token, and the place, where a modality was hidden."""
@@ -214,12 +238,6 @@ class TissueNetwork(Model):
         out = reorder_legacy(out, cells) if self.config.legacy_reshape else out
         return cast("Tensor", out.unflatten(2, (cells * cells, -1)))
 
-    def _hidden_bins(self, latent: Latent, image_shown: Tensor, tissue: Tissue) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the decoded bins whose expression was measured and hidden, their samples and their sites."""
-        owner = self._owner_of_patches(tissue).expand(len(image_shown), -1, -1)
-        chosen = (owner >= 0) & image_shown[:, :, None]
-        return self._decoded_bins(latent)[chosen], torch.nonzero(chosen)[:, 0], owner[chosen]
-
     def _owner_of_patches(self, tissue: Tissue) -> Tensor:
         side = self.config.side * self.config.cells
         return patchify(self._owner(tissue).view(-1, side, side, 1), self.config.cells)
@@ -230,5 +248,5 @@ class TissueNetwork(Model):
 
 
 def _absent(tissue: Tissue) -> Tensor | None:
-    """Return where there is no site, or None where all are there; a single site always is."""
-    return None if tissue.present.shape[1] == 1 else ~tissue.present
+    """Return where there is no site, or None where all are there."""
+    return None if tissue.whole else ~tissue.present

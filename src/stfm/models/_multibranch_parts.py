@@ -28,7 +28,9 @@ class Tissue(NamedTuple):
     present
         Which sites there are, bool ``(b, s)``.
     gene_mask
-        Which genes were measured, bool ``(b, G)``; None where all were.
+        Which genes were measured, bool ``(b, s, G)`` or ``(b, 1, G)``; None where all were.
+    whole
+        Whether all sites are there for certain, so that nobody has to look.
     """
 
     tiles: Tensor | None
@@ -36,6 +38,7 @@ class Tissue(NamedTuple):
     xy_um: Tensor
     present: Tensor
     gene_mask: Tensor | None = None
+    whole: bool = False
 
 
 class Latent(NamedTuple):
@@ -95,7 +98,7 @@ class ExpressionEmbedding(nn.Module):
 
     def scaled(self, counts: Tensor, mask: Tensor | None) -> Tensor:
         """Return ``(b, s, G)`` on one scale, 0 where a gene was not measured."""
-        return cast("Tensor", self.scaler(counts, None if mask is None else mask[:, None]))
+        return cast("Tensor", self.scaler(counts, mask))
 
     def unscaled(self, z: Tensor) -> Tensor:
         """Return ``log1p(1e4 c / sum c)`` from what :meth:`scaled` returned."""

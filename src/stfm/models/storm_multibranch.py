@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from stfm._errors import InputError
 from stfm._validate import check_choice
 from stfm.models._multibranch_network import TissueNetwork
-from stfm.models._multibranch_parts import Latent, Tissue, mean_where
+from stfm.models._multibranch_parts import Tissue, mean_where
 from stfm.models._slots import check_batch, fit_gene_encoder
-from stfm.models.base import Embedding
+from stfm.models.base import Embedding, Prediction
 from stfm.models.inputs import InputSpec
 from stfm.models.storm_multibranch_config import PRESETS, STAGES, StormMultiBranchConfig
 from stfm.nn.alignment import match_loss, place_contrast, sample_contrast
@@ -28,12 +28,15 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from numpy.typing import NDArray
+
     from stfm._registry import Registry
     from stfm.models.inputs import SlideInputs
     from stfm.models.registry import ModelSpec
     from stfm.nn.batch import Batch
     from stfm.slide.genes import Vocabulary
 
+_MOMENTUM = 0.05  # of the running mean of squared errors
 _FIT_TILES = 64  # tiles a slide from which the scale of the pixels is taken
 
 
@@ -90,11 +93,12 @@ class StormMultiBranch(TissueNetwork):
             msg = "mode='head' trains the decoders, which stage 'align' does not use; take stage='mask'."
             raise InputError(msg)
         self._stage = stage
+        masking = stage != "align" or config.replay > 0
         for name, parameter in self.named_parameters():
             if name.startswith("gene_decoder."):
-                parameter.requires_grad = stage != "align" and config.gene_weight > 0
+                parameter.requires_grad = masking and config.gene_weight > 0
             elif name.startswith("image_decoder."):
-                parameter.requires_grad = stage != "align" and config.pixel_weight > 0
+                parameter.requires_grad = masking and config.pixel_weight > 0
             else:
                 parameter.requires_grad = config.mode == "full" or (config.mode == "lora" and "lora_" in name)
 
@@ -132,37 +136,66 @@ class StormMultiBranch(TissueNetwork):
         if batch.window is None or batch.counts is None:
             own = batch if batch.window is None else replace(batch, window=None).take(batch.window[:, 0])
             there = torch.ones(len(own), 1, dtype=torch.bool, device=middle.device)
+            if own.measured is not None:
+                there = own.measured[:, None]
             counts = None if own.counts is None else own.counts[:, None]
-            return Tissue(own.spot_tiles, counts, middle, there, own.gene_mask)
+            mask = None if own.gene_mask is None else own.gene_mask[:, None]
+            return Tissue(own.spot_tiles, counts, middle, there, mask, whole=own.measured is None)
         if batch.xy_um is None:
             msg = "The batch holds windows without coordinates (xy_um); their spots cannot be put in the tile."
             raise InputError(msg)
         first, rows = batch.window[:, 0], batch.window.clamp_min(0)
         way = (batch.xy_um[rows] - batch.xy_um[first][:, None])[..., :2]
+        present = (batch.window >= 0) & (way.abs() < half).all(dim=-1)
         return Tissue(
             tiles=None if batch.spot_tiles is None else batch.spot_tiles[first],
             counts=batch.counts[rows],
             xy_um=way + middle,
-            present=(batch.window >= 0) & (way.abs() < half).all(dim=-1),
-            gene_mask=None if batch.gene_mask is None else batch.gene_mask[first],
+            present=present if batch.measured is None else present & batch.measured[rows],
+            gene_mask=None if batch.gene_mask is None else batch.gene_mask[rows],
         )
 
     def _mask_losses(self, patches: Tensor, scaled: Tensor, tissue: Tissue) -> dict[str, Tensor]:
-        latent, image_shown, gene_shown = self._mask(patches, scaled, tissue)
+        latent, image_shown, gene_shown, hidden_genes = self._mask(patches, scaled, tissue)
         losses: dict[str, Tensor] = {}
         if self.config.gene_weight > 0:
             if self.config.expression == "bins":
-                few, rows, sites = self._hidden_bins(latent, image_shown, tissue)
+                site = self._owner_of_patches(tissue).expand(len(scaled), -1, -1)
+                few, there, shown = self._decoded_bins(latent), site >= 0, gene_shown[:, :, None]
             else:
-                rows, sites = torch.nonzero(tissue.present & ~gene_shown, as_tuple=True)
-                few = self._decoded_sites(latent)[rows, sites]
-            predicted = cast("nn.Linear", self.gene_decoder.genes)(few)
-            measured = None if tissue.gene_mask is None else tissue.gene_mask[rows]
-            losses["gene"] = _smooth_l1(predicted, scaled[rows, sites], measured)
+                site = torch.arange(scaled.shape[1], device=scaled.device).expand(len(scaled), -1)
+                few, there, shown = self._decoded_sites(latent), tissue.present, gene_shown
+
+            def loss_at(chosen: Tensor, genes: Tensor | None) -> Tensor:
+                rows, sites = torch.nonzero(chosen)[:, 0], site[chosen]
+                predicted, target = self._genes(few[chosen]), scaled[rows, sites]
+                masks = [m.expand(-1, scaled.shape[1], -1) for m in (genes, tissue.gene_mask) if m is not None]
+                counted = [m[rows, sites] for m in masks]
+                measured = torch.stack(counted).all(dim=0) if counted else None
+                if self.training and genes is None:
+                    self._note_residual(predicted, target, measured)
+                return _smooth_l1(predicted, target, measured)
+
+            losses["gene"] = loss_at(there & ~shown, None)
+            if hidden_genes is not None:
+                losses["filled"] = loss_at(there & shown, hidden_genes)
         if self.config.pixel_weight > 0:
             pixels = self._decoded_pixels(latent)
             losses["image"] = _smooth_l1(pixels[~image_shown], patches[~image_shown])
         return losses
+
+    @torch.no_grad()
+    def _note_residual(self, predicted: Tensor, target: Tensor, measured: Tensor | None) -> None:
+        """Keep a running mean of the squared errors of each gene, in the units of the counts."""
+        error = (predicted.float() - target.float()).square()
+        weight = torch.ones_like(error) if measured is None else measured.to(error.dtype)
+        n = weight.sum(dim=0)
+        mean = (error * weight).sum(dim=0) / n.clamp_min(1)
+        mean = mean * self.expression.scaler.scale.square()
+        self.residual.copy_(torch.where(n > 0, self.residual.lerp(mean, _MOMENTUM), self.residual))
+
+    def _genes(self, few: Tensor) -> Tensor:
+        return cast("Tensor", cast("nn.Linear", self.gene_decoder.genes)(few))
 
     def _align_losses(self, patches: Tensor, scaled: Tensor, tissue: Tissue) -> dict[str, Tensor]:
         config = self.config
@@ -228,20 +261,24 @@ class StormMultiBranch(TissueNetwork):
         """Return the losses of tiles with any number of sites in them, as :meth:`losses` does of a batch."""
         patches = self._patches(cast("Tensor", tissue.tiles))
         scaled = self.expression.scaled(cast("Tensor", tissue.counts), tissue.gene_mask)
+        config = self.config
+        weights = {
+            "gene": config.gene_weight,
+            "filled": config.gene_weight,
+            "image": config.pixel_weight,
+            "contrastive": config.contrastive_weight,
+            "matching": config.matching_weight,
+        }
+        masked = 1.0 if self.stage != "align" else config.replay
         parts: dict[str, Tensor] = {}
-        if self.stage != "align":
+        if masked > 0:
             parts |= self._mask_losses(patches, scaled, tissue)
-        if self.stage != "mask" and self.config.mode != "head":
+            weights |= {name: masked * weights[name] for name in parts}
+        if self.stage != "mask" and config.mode != "head":
             parts |= self._align_losses(patches, scaled, tissue)
         if not parts:
             msg = f"All losses of stage {self.stage!r} have weight 0; there is nothing to train."
             raise InputError(msg)
-        weights = {
-            "gene": self.config.gene_weight,
-            "image": self.config.pixel_weight,
-            "contrastive": self.config.contrastive_weight,
-            "matching": self.config.matching_weight,
-        }
         return {"loss": torch.stack([weights[name] * part for name, part in parts.items()]).sum(), **parts}
 
     def embed(self, batch: Batch) -> Embedding:
@@ -255,22 +292,76 @@ class StormMultiBranch(TissueNetwork):
         out = self(batch)
         return Embedding(joint=out["joint"], image=out.get("image"), gene=out.get("gene"))
 
-    def predict_genes(self, batch: Batch) -> Tensor:
-        """Return the spots' ``log1p(1e4 c / sum c)`` as the image alone tells it, ``(b, G)``."""
-        tissue = self.read(batch.without("gene"))
-        image = self._encode_image(self._patches(cast("Tensor", tissue.tiles)))
-        if self.config.expression == "bins":
-            latent = Latent(image, None, image, None, self.centres[None])
-            weights = (self._owner_of_patches(tissue) == 0).flatten(1)[:, None].expand(len(image), -1, -1)
-            few = mean_where(self._decoded_bins(latent).flatten(1, 2), weights)[:, 0]
+    def predict(self, batch: Batch, *, own: bool = False) -> Prediction:
+        """Return expected expression of every spot, ``log1p(1e4 c / sum c)``, and the error that training left.
+
+        Parameters
+        ----------
+        batch
+            With H&E, with counts (``measured`` says of which spots), or both.
+        own
+            Whether the counts of the spot itself may be used (denoising; the model learns it where
+            ``config.hidden_genes`` is above 0), or its image and its neighbours alone.
+        """
+        if own and self.config.hidden_genes == 0:
+            msg = (
+                "This multi-branch STORM was not trained to denoise or to fill in genes; train one with "
+                "config={'hidden_genes': 0.3}."
+            )
+            raise InputError(msg)
+        tissue = self.read(batch)
+        decode = self._predicted_of_bins if self.config.expression == "bins" else self._predicted_of_spots
+        mean = self.expression.unscaled(self._genes(decode(tissue, own=own)).float())
+        return Prediction(mean=mean, deviation=self.residual.sqrt().expand_as(mean))
+
+    def _predicted_of_spots(self, tissue: Tissue, *, own: bool) -> Tensor:
+        """Return the decoded site in the middle of each tile, ``(b, gene_width)``."""
+        counts, shown = tissue.counts, tissue.present.clone()
+        if counts is None:
+            counts, shown = self.expression.scaler.mean.expand(len(shown), shown.shape[1], -1), shown & False
+        if not own:
+            shown[:, 0] = False
+        present = tissue.present.clone()
+        present[:, 0] = True
+        place = tissue._replace(present=present)
+        if tissue.tiles is None:
+            if not bool(shown.any(dim=1).all()):
+                msg = "The batch has no image, and some spots have no counts to be predicted from; give H&E."
+                raise InputError(msg)
+            patches = torch.zeros(len(shown), len(self.centres), self.image_patch.in_features, device=counts.device)
         else:
-            shown = torch.ones(len(image), image.shape[1], dtype=torch.bool, device=image.device)
-            sites = torch.zeros_like(image[:, :1])
-            few = self._decoded_sites(self._filled(image, sites, shown, ~tissue.present, tissue))[:, 0]
-        return self.expression.unscaled(cast("nn.Linear", self.gene_decoder.genes)(few).float())
+            patches = self._patches(tissue.tiles)
+        scaled = self.expression.scaled(counts, tissue.gene_mask)
+        latent, _ = self._encode_shown(patches, scaled, place, shown, blind=tissue.tiles is None)
+        return self._decoded_sites(latent)[:, 0]
+
+    def _predicted_of_bins(self, tissue: Tissue, *, own: bool) -> Tensor:
+        """Return the mean over the decoded bins of the spot in the middle, ``(b, gene_width)``."""
+        if own and tissue.counts is not None:
+            x = self._encode_gene(self.expression.scaled(tissue.counts, tissue.gene_mask), tissue)
+        elif tissue.tiles is not None:
+            x = self._encode_image(self._patches(tissue.tiles))
+        else:
+            msg = "The batch has no image, and an image of bins is predicted from it; give H&E."
+            raise InputError(msg)
+        weights = (self._owner_of_patches(tissue) == 0).flatten(1)[:, None].expand(len(x), -1, -1)
+        return mean_where(self._decoded_bins(self._latent_of_bins(x)).flatten(1, 2), weights)[:, 0]
+
+    def written_genes(self) -> NDArray[np.bool_]:
+        """Return which genes were measured on a training slide, bool ``(G,)``."""
+        return self.learned.cpu().numpy()
+
+    def layers(self) -> list[list[nn.Module]]:
+        """Return the parts from input to output, for learning rates that fall with depth."""
+        return [[self.image_patch, self.expression, self.position], *([block] for block in self.encoder.blocks)]
 
     def fit_inputs(self, slides: Sequence[SlideInputs]) -> None:
-        """Take the scale of genes and, where asked for, of pixels from the training slides."""
+        """Take the scale of genes (and of pixels, if asked for) from the training slides; note their genes."""
+        for slide in slides:
+            if slide.has_gene:
+                everything = np.ones(len(self.learned), dtype=bool)
+                measured = everything if slide.match is None else np.asarray(slide.match.mask, dtype=bool)
+                self.learned |= torch.from_numpy(measured).to(self.learned.device)
         fit_gene_encoder(self.expression, slides, niche=False)  # type: ignore[arg-type]
         with_image = [slide for slide in slides if slide.has_image]
         if self.config.pixels == "unit" or not with_image:

@@ -68,6 +68,12 @@ class StormMultiBranchConfig:
         Share of the places that show expression; the others show the image.
     gene_weight, pixel_weight, contrastive_weight, matching_weight
         Of the losses; 0 leaves one out.
+    hidden_genes
+        Share of the genes that is also hidden where expression is shown, and predicted there, so that the model can
+        denoise and fill in genes; 0, as published, learns neither.
+    replay
+        Weight of the losses of stage ``"mask"`` within stage ``"align"``, so that the decoders keep up with the
+        encoder; 0, as published, leaves them as they are.
     inter, intra
         Contrast the samples at each place; the places of each sample.
     temperature
@@ -110,6 +116,8 @@ class StormMultiBranchConfig:
     pixel_weight: float = 1.0
     contrastive_weight: float = 1.0
     matching_weight: float = 1.0
+    hidden_genes: float = 0.0
+    replay: float = 0.0
     inter: bool = True
     intra: bool = True
     temperature: float = 0.1
@@ -133,9 +141,10 @@ class StormMultiBranchConfig:
         for name in ("tile_um", "spot_um", "mlp_ratio", "temperature", "lora_alpha"):
             if getattr(self, name) is not None:
                 check_positive(name, getattr(self, name))
-        for name in ("gene_weight", "pixel_weight", "contrastive_weight", "matching_weight"):
+        for name in ("gene_weight", "pixel_weight", "contrastive_weight", "matching_weight", "replay"):
             check_range(name, getattr(self, name), 0.0, float("inf"))
         check_range("mask_ratio", self.mask_ratio, 0.0, 1.0)
+        check_range("hidden_genes", self.hidden_genes, 0.0, 0.9)
         check_range("drop_path", self.drop_path, 0.0, 0.99)
         self._check_sizes()
 
@@ -210,6 +219,8 @@ _SPOTS: dict[str, Any] = {
     "expression": "spots",
     "standardise": "zscore",
     "pixels": "standard",
+    "hidden_genes": 0.3,
+    "replay": 1.0,
 }
 
 PRESETS: dict[str, dict[str, Any]] = {
