@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from stfm._errors import InputError, WrongTypeError
 from stfm.slide._niche_grid import Grid
 from stfm.slide._niche_tree import Tree
+from stfm.slide._threads import run
 from stfm.slide.niches import (
     NicheTable,
     Request,
@@ -409,3 +410,23 @@ class TestRefusals:
         monkeypatch.setattr("stfm.slide._niche_table._MAX_ENTRIES", 1000)
         with pytest.raises(InputError, match="does not fit in memory. Take a smaller radius="):
             knn(np.random.default_rng(0).random((100, 2)), None, radius=2.0)
+
+
+class TestThreads:
+    def test_every_row_once(self):
+        seen = np.zeros(1000, int)
+
+        def work(lo, hi):
+            seen[lo:hi] += 1
+
+        for threads, parts in ((1, 1), (2, 8), (7, 3), (2000, 1)):
+            run(work, len(seen), threads, parts=parts, inline=2)
+        assert (seen == 4).all()
+
+    def test_an_error_reaches_the_caller(self):
+        def work(lo, hi):
+            if lo >= 500:
+                raise InputError("piece of a thread")
+
+        with pytest.raises(InputError, match="piece of a thread"):
+            run(work, 1000, 2, parts=4, inline=2)

@@ -171,12 +171,8 @@ def query(
                 row = cy + (step + 1) // 2 * (1 if step % 2 else -1)
                 if row < 0 or row >= ny:
                     continue
-                gap = -1.0  # the first and the last row hold what lies beyond them, too
-                if row > cy:
-                    gap = geometry[1] + row * h - y - slack
-                elif row < cy:
-                    gap = y - geometry[1] - (row + 1) * h - slack
-                if gap > 0 and gap * gap > need:
+                gap = max(geometry[1] + row * h - y, y - geometry[1] - (row + 1) * h) - slack
+                if row != cy and gap > 0 and gap * gap > need:  # the own row may hold what lies beyond the grid
                     continue
                 first = row * nx
                 if r == 1 or step >= 2 * r - 1:

@@ -29,6 +29,38 @@ def edges(n: int, parts: int) -> list[int]:
     return [n * p // parts for p in range(parts + 1)]
 
 
+class _Pieces:
+    """Pieces of one work that several threads take from; what goes wrong in any of them is kept for the caller."""
+
+    def __init__(self, work: Callable[[int, int], object], borders: list[int]) -> None:
+        self.work = work
+        self.waiting = deque(pairwise(borders))
+        self.total = len(self.waiting)
+        self.done = Semaphore(0)
+        self.errors: list[BaseException] = []
+
+    def take(self) -> None:
+        """Work until nothing waits."""
+        while True:
+            try:
+                lo, hi = self.waiting.popleft()
+            except IndexError:
+                return
+            with self:
+                if not self.errors:
+                    self.work(lo, hi)
+
+    def __enter__(self) -> None:
+        """Begin a piece."""
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> bool:
+        """End a piece, whatever came of it."""
+        if error is not None:
+            self.errors.append(error)
+        self.done.release()
+        return True
+
+
 def run(work: Callable[[int, int], object], n: int, threads: int, *, parts: int = 1, inline: int = _INLINE) -> None:
     """Call ``work(lo, hi)`` over 0..n, in ``parts`` pieces a thread; below ``inline`` rows on the calling thread.
 
@@ -38,29 +70,11 @@ def run(work: Callable[[int, int], object], n: int, threads: int, *, parts: int 
     if threads == 1 or n < inline:
         work(0, n)
         return
-    pieces = deque(pairwise(edges(n, min(threads * parts, n))))
-    total = len(pieces)
-    done = Semaphore(0)
-    failed: list[BaseException] = []
-
-    def take() -> None:
-        while True:
-            try:
-                lo, hi = pieces.popleft()
-            except IndexError:
-                return  # nothing left
-            try:
-                if not failed:
-                    work(lo, hi)
-            except BaseException as error:  # noqa: BLE001 raised again below, on the calling thread
-                failed.append(error)
-            finally:
-                done.release()
-
-    for _ in range(min(threads, total) - 1):
-        start_new_thread(take, ())  # threading.Thread would wait for the thread to begin
-    take()
-    for _ in range(total):
-        done.acquire()
-    if failed:
-        raise failed[0]
+    pieces = _Pieces(work, edges(n, min(threads * parts, n)))
+    for _ in range(min(threads, pieces.total) - 1):
+        start_new_thread(pieces.take, ())  # threading.Thread would wait for the thread to begin
+    pieces.take()
+    for _ in range(pieces.total):
+        pieces.done.acquire()
+    if pieces.errors:
+        raise pieces.errors[0]
