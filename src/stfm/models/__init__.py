@@ -13,6 +13,7 @@ __getattr__, __dir__, __all__ = _lazy.attach(
         "InputSpec": "inputs",
         "Model": "base",
         "STAlignConfig": "st_align_config",
+        "StormMultiBranchConfig": "storm_multibranch_config",
         "create": "registry",
         "list_models": "registry",
         "load": "registry",
