@@ -13,6 +13,7 @@ from stfm._keys import NICHE, PATIENT, SPATIAL, niche_keys
 from stfm._logging import get_logger
 from stfm._validate import check_key
 from stfm.slide.from_anndata import Library, coordinates, libraries, library_column, scale_of, target
+from stfm.slide.from_spatialdata import is_spatialdata, on_spatialdata
 from stfm.slide.niches import Request, find_niches
 
 if TYPE_CHECKING:
@@ -55,7 +56,8 @@ def build_niches(
     Parameters
     ----------
     adata
-        Spots with coordinates in ``obsm[spatial_key]``. A view is made an object of its own, with a warning.
+        Spots with coordinates in ``obsm[spatial_key]``. A view is made an object of its own, with a warning. Or a
+        SpatialData with one table of spots, which is then written to.
     n_neighbors
         Spots of a niche; None for all within ``radius``.
     radius
@@ -119,6 +121,8 @@ def build_niches(
     --------
     stfm.get.niche_table : the niches as arrays.
     """
+    if is_spatialdata(adata):
+        return on_spatialdata(build_niches, locals(), images=False)
     check_key("key_added", key_added)
     request = Request(n_neighbors, radius, ties, tie_tolerance)
     coords = coordinates(adata, spatial_key)

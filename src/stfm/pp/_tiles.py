@@ -26,6 +26,7 @@ from stfm.slide.from_anndata import (
     target,
     tile_record,
 )
+from stfm.slide.from_spatialdata import is_spatialdata, on_spatialdata
 from stfm.slide.readers import keep_array, open_image, thumbnail
 from stfm.slide.tiles import TileReader
 from stfm.slide.units import Scale, default_tile_um
@@ -64,7 +65,8 @@ def tile(
     Parameters
     ----------
     adata
-        Spots with coordinates. Views are made objects of their own, backed objects stay on disk.
+        Spots with coordinates. Views are made objects of their own, backed objects stay on disk. Or a SpatialData with
+        one table of spots, which is then written to, and an image a section.
     image
         H&E: array ``(h, w, 3)``, zarr, path of a zarr, TIFF, PNG or JPEG, or a mapping from library to one of these.
         By default the image in ``uns["spatial"][library]["images"]``, ``hires`` before ``lowres``.
@@ -126,6 +128,8 @@ def tile(
     >>> record["platform"], record["spot_um"], record["niche_um"]
     ('Visium', 55.0, 255.0)
     """
+    if is_spatialdata(adata):
+        return on_spatialdata(tile, locals())
     if not isinstance(adata, AnnData):
         msg = f"adata must be AnnData, got {type(adata).__name__}."
         raise WrongTypeError(msg)

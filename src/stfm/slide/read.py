@@ -30,7 +30,8 @@ def as_slides(
     Parameters
     ----------
     data
-        AnnData (one library or many), a path of an ``.h5ad`` file, a :class:`~stfm.slide.Slide`, or a list of these.
+        AnnData (one library or many), SpatialData with one table of spots, a path of an ``.h5ad`` file, a
+        :class:`~stfm.slide.Slide`, or a list of these.
     library_key
         Column of ``obs`` that names the library of a spot; found when there is only one candidate.
     spatial_key
@@ -84,12 +85,17 @@ def as_slides(
             raise InputError(msg)
         return _unique([_numbered(slide, i) for i, item in enumerate(data) for slide in as_slides(item, **options)])
     from stfm.slide import from_anndata
+    from stfm.slide.from_spatialdata import as_table, is_spatialdata
 
     if isinstance(data, (str, Path)):
         data = from_anndata.read_file(Path(data))
+    if is_spatialdata(data):
+        key, place, wanted = library_key, spatial_key, "image" in modalities
+        data = as_table(data, library_key=key, spatial_key=place, images=wanted)
     if from_anndata.is_table(data):
         return from_anndata.slides_from_anndata(data, **options)
-    msg = f"data must be AnnData, a path of an .h5ad file, a Slide or a list of these, got {type(data).__name__}."
+    kinds = "AnnData, SpatialData, a path of an .h5ad file, a Slide or a list of these"
+    msg = f"data must be {kinds}, got {type(data).__name__}."
     raise WrongTypeError(msg)
 
 

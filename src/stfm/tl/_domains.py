@@ -11,6 +11,7 @@ from stfm._keys import DOMAIN, EMBEDDING, NICHE, SPATIAL
 from stfm._palette import category_colors
 from stfm._provenance import record
 from stfm._validate import check_choice, check_count, check_key, did_you_mean
+from stfm.slide.from_spatialdata import is_spatialdata, on_spatialdata
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -48,7 +49,7 @@ def spatial_domains(
     Parameters
     ----------
     adata
-        Object with an embedding in ``obsm``.
+        Object with an embedding in ``obsm``, or a SpatialData whose table has one.
     n_domains
         Number of domains.
     method
@@ -104,6 +105,8 @@ def spatial_domains(
     >>> adata.obs["spatial_domain"].nunique()
     3
     """
+    if is_spatialdata(adata):
+        return on_spatialdata(spatial_domains, locals(), images=False)
     import pandas as pd
 
     from stfm.inference.domains import cluster, majority

@@ -19,6 +19,7 @@ from stfm.models.base import CONFIG_FILE, Model
 from stfm.models.inputs import SlideInputs
 from stfm.models.registry import MODELS, load
 from stfm.slide.from_anndata import check_table, target
+from stfm.slide.from_spatialdata import is_spatialdata, on_spatialdata
 from stfm.slide.read import as_slides
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def embed(
     Parameters
     ----------
     adata
-        Object with raw counts, H&E, or both; one library or many.
+        Object with raw counts, H&E, or both; one library or many. Or a SpatialData, whose table is written to.
     model
         A trained model, or the folder that ``model.save(folder)`` wrote.
     batch_size
@@ -106,6 +107,8 @@ def embed(
     >>> adata.obsm["X_stfm"].shape
     (60, 128)
     """
+    if is_spatialdata(adata):
+        return on_spatialdata(embed, locals())
     check_key("key_added", key_added)
     check_count("batch_size", batch_size)
     check_choice("precision", precision, ("fp32", "bf16"))

@@ -17,6 +17,7 @@ from stfm.inference.predict import nearest_genes
 from stfm.models.base import WEIGHTS_FILE
 from stfm.models.base import Model as ModelClass
 from stfm.models.registry import load
+from stfm.slide.from_spatialdata import is_spatialdata, on_spatialdata
 from stfm.slide.read import as_slides
 from stfm.tl._seen import exposure
 from stfm.tl._written import SCALE, describe_written, measured_spots, write_expression
@@ -70,7 +71,8 @@ def predict_expression(
     Parameters
     ----------
     adata
-        Object with H&E: in ``uns["spatial"]``, recorded by :func:`stfm.pp.tile`, or given as ``image``.
+        Object with H&E: in ``uns["spatial"]``, recorded by :func:`stfm.pp.tile`, or given as ``image``. Or a
+        SpatialData, whose table is written to.
     reference
         AnnData, path, slide, or a list of these, with H&E and raw counts. Give two sections or more: penalty and rank
         are then chosen by leaving out one after the other; of a single one, blocks are left out.
@@ -155,6 +157,8 @@ def predict_expression(
     >>> new.obsm["predicted_expression"].shape
     (60, 2)
     """
+    if is_spatialdata(adata):
+        return on_spatialdata(predict_expression, locals())
     from stfm.slide.from_anndata import target
 
     _check_adata(adata)
