@@ -81,6 +81,33 @@ def test_spots_are_laid_over_the_image(plain: ad.AnnData, sdata, matrix):
     assert same_tiles(as_slides(plain)[0], slide)
 
 
+def test_as_visium_is_read_elsewhere(plain: ad.AnnData):
+    """Elements named and mapped as spatialdata-io does: two images of a section, the finer one with several levels."""
+    plain = plain[plain.obs["library_id"] == "section_1"].copy()
+    picture = plain.uns["spatial"]["section_1"]["images"]["hires"]
+    scale, same = transformations.Scale, transformations.Identity()
+    spots = {"global": same, "s_downscaled_hires": scale([0.5, 0.5], axes=("x", "y"))}
+    where = {"s_downscaled_hires": same, "global": scale([2.0, 2.0], axes=("x", "y"))}
+    options = {"dims": ("y", "x", "c"), "c_coords": ("r", "g", "b")}
+    images = {
+        "s_hires_image": models.Image2DModel.parse(picture[::2, ::2], transformations=where, **options),
+        "s_full_image": models.Image2DModel.parse(
+            picture, transformations={"global": same}, scale_factors=[2], **options
+        ),
+    }
+    shapes = models.ShapesModel.parse(plain.obsm["spatial"], geometry=0, radius=27.5 / MPP, transformations=spots)
+    own = ad.AnnData(plain.X, obs=plain.obs[["array_row", "array_col"]].assign(region="s", spot=np.arange(40)))
+    own.var_names, own.obs["region"] = plain.var_names, "s"
+    own.obs["region"] = own.obs["region"].astype("category")
+    table = models.TableModel.parse(own, region="s", region_key="region", instance_key="spot")
+    sdata = spatialdata.SpatialData(images=images, shapes={"s": shapes}, tables={"table": table})
+    (slide,) = as_slides(sdata)
+    assert (slide.name, slide.mpp, slide.platform) == ("s", pytest.approx(MPP, rel=1e-3), "Visium")
+    assert same_tiles(as_slides(plain)[0], slide)
+    del sdata.images["s_full_image"]
+    assert as_slides(sdata)[0].tiles.image_scale == 0.5
+
+
 def test_results_are_written_to_the_table(plain: ad.AnnData, sdata):
     table = sdata.tables["table"]
     places = table.obsm["spatial"].copy()
