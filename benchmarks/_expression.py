@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
@@ -118,10 +118,27 @@ def base_rows(weights: Path, *, seed: int = 0) -> dict[str, Row]:
     }
 
 
+class Direct(Protocol):
+    """A row that predicts by itself instead of giving features."""
+
+    def fit(self, slides: Sequence[Slide], genes: Sequence[str], seed: int) -> Features:
+        """Return what predicts log-normalised expression of the genes from the H&E of a slide."""
+        ...
+
+
 def run_protocol(
-    protocol: str, slides: Mapping[str, Slide], rows: Mapping[str, Row], *, genes: str = "hvg250", seed: int = 0
+    protocol: str,
+    slides: Mapping[str, Slide],
+    rows: Mapping[str, Row | Direct],
+    *,
+    genes: str = "hvg250",
+    seed: int = 0,
+    against: str | None = None,
 ) -> pd.DataFrame:
-    """Return a table with a line a row and test section: r, r of the 50 most variable genes, MSE, ceiling, share."""
+    """Return a table with a line a row and test section: r, r of the 50 most variable genes, MSE, ceiling, share.
+
+    ``against`` names a row: the table then holds each row's gain on it, with the central 90 % of a block bootstrap.
+    """
     spec = sf.metrics.get_protocol(protocol)
     lines = []
     for fold in spec.folds:
@@ -135,14 +152,39 @@ def run_protocol(
             measured = truth[len(train) + i]
             ceiling = slide_ceiling(slide, names)
             for name, guess in guesses.items():
-                lines.append(
-                    {"protocol": protocol, "section": slide.name, "row": name, **score(measured, guess[i], ceiling)}
-                )
+                line = {"protocol": protocol, "section": slide.name, "row": name, **score(measured, guess[i], ceiling)}
+                if against is not None:
+                    line |= gain_on(measured, guess[i], guesses[against][i], slide.coords)
+                lines.append(line)
     return pd.DataFrame(lines)
 
 
+def gain_on(
+    measured: np.ndarray, guess: np.ndarray, base: np.ndarray, coords: np.ndarray, *, n_draws: int = 200
+) -> dict[str, float]:
+    """Return the gain in mean r on another prediction of the same section, and its interval over draws of blocks.
+
+    Neighbouring spots are alike, so whole blocks (6 x 6 over the section) are drawn with replacement, the same for both.
+    """
+    unit = (coords[:, :2] - coords[:, :2].min(axis=0)) / np.maximum(np.ptp(coords[:, :2], axis=0), 1e-9)
+    block = np.minimum((unit * 6).astype(int), 5) @ np.array([6, 1])
+    members = [np.flatnonzero(block == b) for b in np.unique(block)]
+    rng = np.random.default_rng(0)
+
+    def gain(spots: np.ndarray) -> float:
+        r = [sf.metrics.gene_pearson(measured[spots], p[spots]).mean() for p in (guess, base)]
+        return float(r[0] - r[1])
+
+    draws = [
+        gain(np.concatenate([members[b] for b in rng.integers(len(members), size=len(members))]))
+        for _ in range(n_draws)
+    ]
+    low, high = np.quantile(draws, [0.05, 0.95])
+    return {"gain": gain(np.arange(len(measured))), "gain_low": float(low), "gain_high": float(high)}
+
+
 def predict_fold(
-    row: Row,
+    row: Row | Direct,
     train: Sequence[Slide],
     test: Sequence[Slide],
     targets: Sequence[np.ndarray],
@@ -151,6 +193,9 @@ def predict_fold(
     seed: int = 0,
 ) -> list[np.ndarray]:
     """Fit a row on the training slides and predict the test slides."""
+    if not isinstance(row, Row):
+        predict = row.fit(train, genes, seed)
+        return [predict(slide) for slide in test]
     make = row.make(train)
     features = {slide.name: surround(make(slide), slide.coords, row.rings) for slide in (*train, *test)}
     fitted = fit_expression(
@@ -171,6 +216,16 @@ def fold_targets(
     chosen = sf.metrics.select_genes(counts[: len(train)], genes, totals=totals[: len(train)])
     tables = [log_normalise(c[:, chosen], t).toarray() for c, t in zip(counts, totals, strict=True)]
     return [str(name) for name in shared.names[chosen]], tables
+
+
+def named_targets(slides: Sequence[Slide], genes: Sequence[str]) -> tuple[list[str], list[np.ndarray]]:
+    """Return named genes that every slide measured, and ``log1p(1e4 c / sum c)`` of them on each slide."""
+    wanted = Vocabulary(np.array(genes))
+    tables = []
+    for slide in slides:
+        match = match_genes(slide.panel, wanted, min_fraction=0.0)
+        tables.append(log_normalise(match.take(slide.counts.to_csr()), slide.counts.totals()).toarray())
+    return list(genes), tables
 
 
 def slide_ceiling(slide: Slide, genes: Sequence[str]) -> np.ndarray:
