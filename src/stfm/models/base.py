@@ -63,12 +63,13 @@ class Seen:
     recipe: dict[str, Any] = field(default_factory=dict)
 
     def add(self, slides: Sequence[Any]) -> None:
-        """Add slides, with their studies and patients, once each."""
+        """Add slides, with their studies and patients, once each: a second stage sees no other spots."""
         for slide in slides:
+            if slide.name not in self.slides:
+                self.n_spots += slide.n_obs
             for names, name in ((self.studies, slide.study), (self.slides, slide.name), (self.patients, slide.patient)):
                 if name is not None and name not in names:
                     names.append(name)
-            self.n_spots += slide.n_obs
 
 
 class Model(nn.Module, ABC):
