@@ -176,6 +176,8 @@ _LIGHT: dict[str, Any] = {
     "drop_path": 0.0,
     "mlp_ratio": 2.0,
     "linear_blend": 0.5,
+    "likelihood": "gaussian",
+    "decoder_depth": 1,
 }
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -183,7 +185,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"cross_share": 0.0},
     "small": {**_LIGHT, "width": 96, "depth": 2, "heads": 4, "gene_width": 32, "spot_px": 112},
     "tiny": {
-        **_LIGHT, "width": 48, "depth": 1, "heads": 4, "gene_width": 16, "spot_px": 56, "decoder_depth": 1,
+        **_LIGHT, "width": 48, "depth": 1, "heads": 4, "gene_width": 16, "spot_px": 56,
         "feature_components": 64, "contexts_um": (224.0,),
     },
 }  # fmt: skip
