@@ -572,7 +572,7 @@ class TestPublishedLayout:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tile_px": 100}, "tile_px must be a multiple of patch_px, got 100 and 16"),
+        ({"tile_px": 100}, "tile_px must be a multiple of patch_px, got 100 and 28"),
         ({"heads": 5}, "width must be a multiple of heads"),
         ({"specific": 9}, "specific must lie between 0 and depth"),
         ({"expression": "bins", "n_bins": 50}, "n_bins must be a multiple of the patches"),
@@ -596,3 +596,16 @@ def test_what_it_cannot_do_without(vocabulary, make_batch):
     batch = make_batch(model)
     with pytest.raises(InputError, match=r"tiles must be \(b, 3, 112, 112\)"):
         model.embed(replace(batch, spot_tiles=batch.spot_tiles[..., :56, :56]))
+
+
+def test_every_option_is_explained():
+    from dataclasses import fields
+    from pathlib import Path
+
+    from stfm.models import StormMultiBranchConfig
+
+    page = Path(__file__).resolve().parents[2] / "docs" / "concepts" / "storm_multibranch.md"
+    if not page.exists():
+        pytest.skip("the docs are not part of an installed package")
+    text = page.read_text(encoding="utf-8")
+    assert [f.name for f in fields(StormMultiBranchConfig) if f"`{f.name}`" not in text] == []

@@ -17,7 +17,7 @@ MODES = ("full", "lora", "head")
 STAGES = ("mask", "align", "both")
 
 #: Platform -> side of the tile and diameter of what is measured, in µm. A tile holds the tissue that a spot sees and
-#: some around it: a pitch of spots, a few cells of what is finer. With 7 x 7 patches a patch is 32, 16 or 8 µm wide.
+#: some around it: a pitch of spots, a few cells of what is finer. A patch of 16 of 112 px is 32, 16 or 8 µm wide.
 RESOLUTION: dict[str, tuple[float, float]] = {
     "ST": (224.0, 100.0),
     "ST 2k": (224.0, 100.0),
@@ -228,6 +228,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "base": {**_SPOTS, "width": 384, "depth": 12, "specific": 8, "heads": 6, "decoder_depth": 2},
     "small": {
         **_SPOTS,
+        "patch_px": 28,
         "width": 128,
         "depth": 6,
         "specific": 4,
