@@ -2,18 +2,20 @@
 
 Ratios hold on a busy machine, absolute times do not.
 
-    python benchmarks/niches.py [--sizes 5000 100000 1000000] [--rounds 2] [--out benchmarks/results]
+    python benchmarks/niches.py [--sizes 5000 100000 1000000] [--rounds 2] [--parts search] [--out benchmarks/results]
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from _common import best_of, in_new_process, table, write
 K = 6
 # times squidpy at 1 M and at 100 k, in order or shuffled
 GOALS = {1_000_000: {"lattice": 20.0, "random": 15.0}, 100_000: {"lattice": 15.0, "random": 8.0}}
+PARTS = ("means", "first_call", "search")
 MEAN_GOALS = {"batches of 4096": 10.0, "random batches of 512": 7.0}
 
 FIRST_CALL = """
@@ -115,7 +118,8 @@ def search_rows(sizes: list[int], rounds: int, seed: int) -> list[dict[str, Any]
             calls = searches(points)
             for name in ("build_niches", "knn"):
                 calls[name]()  # compiled code is loaded; the first call is measured on its own
-            seconds = best_of(calls, rounds if n >= 10**6 else 2 * rounds + 1)
+            turns = rounds if n >= 10**6 else 2 * rounds + 1 if n > 10**4 else 20  # milliseconds need many
+            seconds = best_of(calls, turns)
             rows.append({"n": n, "layout": layout, "seconds": seconds, "exact": exact(points)})
             print(n, layout, {name: round(1e3 * s, 1) for name, s in seconds.items()}, flush=True)
     return rows
@@ -192,8 +196,12 @@ def report(result: dict[str, Any]) -> str:
          r["seconds"]["scipy"] / r["seconds"]["stfm"], r["equal"]]
         for r in result["means"]
     ]  # fmt: skip
+    measured = [[part, *found.values()] for part, found in result["measured"].items()]
     return "\n\n".join(
         [
+            "The load of the machine while it was measured, in processes that want a core. Where it is above the number of "
+            "cores, two threads get little more than one does, and less of an advantage over peers that use one.",
+            table(["part", "began", "load at the start", "load at the end"], measured),
             f"Neighbours, k = {K}. squidpy and build_niches read and write an AnnData, the others arrays.",
             table(head, search),
             "First call of a fresh process (random points; imports of the packages not counted, but numba's where "
@@ -237,20 +245,27 @@ def main() -> int:
     parser.add_argument("--sizes", type=int, nargs="+", default=[5000, 100_000, 1_000_000])
     parser.add_argument("--rounds", type=int, default=2, help="turns at a million points; smaller sets get more")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--parts", nargs="+", default=[*PARTS], choices=PARTS, help="the others stay as they were")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
     start = time.perf_counter()
-    result: dict[str, Any] = {"search": [], "first_call": [], "means": []}
+    result: dict[str, Any] = {"measured": {}, **{part: [] for part in PARTS}}
+    kept = options.out / "niches.json"
+    if kept.exists():
+        before = json.loads(kept.read_text("utf-8"))
+        result.update({key: before[key] for key in result if key in before})
     short: list[str] = []
     parts: dict[str, Callable[[], list[dict[str, Any]]]] = {
         "means": lambda: mean_rows(100_000, 3000, options.rounds + 1, options.seed),
         "first_call": lambda: first_calls(max(options.sizes)),
         "search": lambda: search_rows(options.sizes, options.rounds, options.seed),
     }
-    for part, measure in parts.items():  # written after each, should the next take too long
+    for part in options.parts:  # written after each, should the next take too long
+        began, load = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"), os.getloadavg()[0]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the peers
-            result[part] = measure()
+            result[part] = parts[part]()
+        result["measured"][part] = {"began": began, "load": load, "load_after": os.getloadavg()[0]}
         short = missed(result)
         text = report(result) + "\n\n" + ("Goals missed:\n\n- " + "\n- ".join(short) if short else "All goals are met.")
         record = {**result, "missed": short, "wall_s": time.perf_counter() - start}
