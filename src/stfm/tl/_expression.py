@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     import pandas as pd
     from anndata import AnnData
+    from numpy.typing import NDArray
 
     from stfm.encoders.base import ImageEncoder
     from stfm.models.base import Model
@@ -163,18 +164,14 @@ def predict_expression(
 
     _check_adata(adata)
     check_key("key_added", key_added)
-    if (reference is None) == (model is None):
-        msg = "give either reference= (slides with H&E and counts to learn from) or model= (a fitted predictor)."
-        raise InputError(msg)
+    _check_source(reference, model)
     fitted, source = (None, "reference") if model is None else _resolve(model)
     if isinstance(fitted, ModelClass):
         return _by_model(
             adata, fitted, source, genes, measured_key, library_key=library_key, spatial_key=spatial_key, layer=layer,
             image=image, mpp=mpp, batch_size=batch_size, device=device, cache=cache, key_added=key_added, copy=copy,
         )  # fmt: skip
-    if measured_key is not None:
-        msg = "measured_key= needs a model that writes expression (storm); a predictor of features reads no counts."
-        raise InputError(msg)
+    _check_no_context(measured_key)
     targets = as_slides(
         adata, library_key=library_key, spatial_key=spatial_key, image=image, mpp=mpp, modalities=("image",)
     )
@@ -190,16 +187,23 @@ def predict_expression(
     seen = exposure(targets, fitted.seen, getattr(features, "seen", None))
     if adata.X is not None and adata.n_vars:  # measured: somebody may correlate
         seen.warn(stacklevel=2)
-    extractor = SlideFeatures.like(
-        fitted.features, features, weights=weights, batch_size=batch_size, device=device, cache=cache
-    )
-    values = np.empty((adata.n_obs, len(columns)), np.float32)
-    for slide in targets:
-        values[slide.rows] = predict_slide(fitted, slide, extractor)[:, columns]
+    how: dict[str, Any] = {"weights": weights, "batch_size": batch_size, "device": device, "cache": cache}
+    extractor = SlideFeatures.like(fitted.features, features, **how)
+    values = _by_predictor(fitted, targets, extractor, adata.n_obs)[:, columns]
     written = target(adata, copy=copy)
     written.obsm[key_added] = _frame(values, written, [fitted.genes[i] for i in columns])
     written.uns[key_added] = _describe(fitted, source, seen)
     return written if copy else None
+
+
+def _by_predictor(
+    fitted: ExpressionPredictor, slides: Sequence[Slide], extractor: SlideFeatures, n_obs: int
+) -> NDArray[np.float32]:
+    """Return what a fitted predictor says of every spot, in the order of the object."""
+    values = np.empty((n_obs, len(fitted.genes)), np.float32)
+    for slide in slides:
+        values[slide.rows] = predict_slide(fitted, slide, extractor)
+    return values
 
 
 def _by_model(
@@ -335,6 +339,18 @@ def fit_expression(
         slides, extractor, genes="hvg250" if genes is None else genes, method=method,
         n_components=n_components, ranks=ranks, rule=rule, rng=rng,
     )  # fmt: skip
+
+
+def _check_source(reference: Any, model: Any) -> None:
+    if (reference is None) == (model is None):
+        msg = "give either reference= (slides with H&E and counts to learn from) or model= (a fitted predictor)."
+        raise InputError(msg)
+
+
+def _check_no_context(measured_key: str | None) -> None:
+    if measured_key is not None:
+        msg = "measured_key= needs a model that writes expression (storm); one fitted on features reads no counts."
+        raise InputError(msg)
 
 
 def _check_adata(adata: Any) -> None:

@@ -13,6 +13,7 @@ from stfm._keys import IMPUTED, SPATIAL
 from stfm._validate import check_key
 from stfm.models.base import Model as ModelClass
 from stfm.models.registry import load
+from stfm.slide.from_spatialdata import is_spatialdata, on_spatialdata
 from stfm.tl._written import describe_written, measured_spots, write_expression
 
 if TYPE_CHECKING:
@@ -104,6 +105,8 @@ def impute(
     >>> adata.layers["imputed"].shape == adata.shape
     True
     """
+    if is_spatialdata(adata):
+        return on_spatialdata(impute, locals())
     from stfm.slide.from_anndata import check_table, target
 
     check_table(adata)

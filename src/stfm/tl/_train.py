@@ -16,7 +16,7 @@ from stfm.inference.features import use_frozen_features
 from stfm.models.base import Model
 from stfm.models.registry import create, load
 from stfm.slide.read import as_slides
-from stfm.training.engine import fit, resolve_accelerator, resolve_precision
+from stfm.training.engine import fit_stages, resolve_accelerator, resolve_precision
 from stfm.training.genes import make_vocabulary
 from stfm.training.recipes import resolve_recipe
 from stfm.training.split import split_slides
@@ -162,23 +162,11 @@ def train(
     def prepare(one: Model, inputs: Sequence[SlideInputs]) -> None:
         use_frozen_features(one, inputs, device=kind, cache=cache_features)
 
-    for one in _stages(made, stage):
-        if one is not None:
-            made.stage = one
-        fit(
-            made,
-            kept,
-            plan.replace(precision=resolve_precision(plan.precision, kind)),
-            validation=held,
-            prepare=prepare,
-            fit_inputs=made.history is None,
-            resume=resume,
-            checkpoint_dir=checkpoint_dir if one is None or checkpoint_dir is None else Path(checkpoint_dir) / one,
-            seed=seed,
-            accelerator=kind,
-            devices=devices,
-        )
-    return made
+    plan = plan.replace(precision=resolve_precision(plan.precision, kind))
+    return fit_stages(
+        made, kept, plan, _stages(made, stage), validation=held, prepare=prepare, resume=resume,
+        checkpoint_dir=checkpoint_dir, seed=seed, accelerator=kind, devices=devices,
+    )  # fmt: skip
 
 
 def _stages(model: Model, stage: str | None) -> tuple[str | None, ...]:

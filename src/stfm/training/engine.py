@@ -21,7 +21,7 @@ import torch
 from stfm._errors import DataIntegrityError, InputError, MissingKeyError
 from stfm._validate import check_choice, check_count
 from stfm._version import __version__
-from stfm.inference.device import resolve_device
+from stfm.inference.device import evaluating, resolve_device
 from stfm.models.inputs import SlideInputs
 from stfm.training.callbacks import LAST, Bar, Checkpoints, Journal, Seeds
 from stfm.training.data import SlideData, check_alike
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from stfm.slide.slide import Slide
     from stfm.training.recipes import Recipe
 
-__all__ = ["fit", "resolve_accelerator", "resolve_precision"]
+__all__ = ["fit", "fit_stages", "resolve_accelerator", "resolve_precision"]
 
 _ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
 
@@ -122,16 +122,60 @@ def fit(
         trainer = _trainer(recipe, callbacks, accelerator=accelerator, devices=devices, validates=bool(validation))
         module.train()
         trainer.fit(module, datamodule=data, ckpt_path=None if start is None else str(start))
-    return _finished(model, journal, train, validation, recipe)
+    _calibrate(model, journal, inputs[: len(train)], inputs[len(train) :], accelerator)
+    return _finished(model, train, validation, recipe, journal)
+
+
+def fit_stages(
+    model: Model,
+    train: Sequence[Slide],
+    recipe: Recipe,
+    stages: Sequence[str | None],
+    *,
+    checkpoint_dir: str | Path | None = None,
+    **how: Any,
+) -> Model:
+    """Train a model in place through stages, each with checkpoints in a folder of its own.
+
+    Parameters
+    ----------
+    model, train, recipe
+        As of :func:`fit`; the model takes what it needs from the training slides once, unless it was trained before.
+    stages
+        Stages in turn; ``(None,)`` for a model that has none.
+    checkpoint_dir
+        Where to write checkpoints. A run that is resumed goes quickly through the stages that were finished.
+    how
+        Other arguments of :func:`fit`.
+
+    Returns
+    -------
+    The model, as :func:`fit` returns it.
+    """
+    for stage in stages:
+        folder = None if checkpoint_dir is None else Path(checkpoint_dir)
+        if stage is not None:
+            model.stage = stage
+            folder = None if folder is None else folder / stage
+        fit(model, train, recipe, fit_inputs=model.history is None, checkpoint_dir=folder, **how)
+    return model
+
+
+def _calibrate(
+    model: Model, journal: Journal, train: Sequence[SlideInputs], validation: Sequence[SlideInputs], device: str
+) -> None:
+    """Take the best weights, and the size of their errors on slides that they were not learned from, if there are."""
+    if journal.best_weights is not None:
+        model.load_state_dict(journal.best_weights, strict=False)
+    with evaluating(model, resolve_device(device)):
+        model.calibrate(validation or train, held_out=bool(validation))
 
 
 def _finished(
-    model: Model, journal: Journal, train: Sequence[Slide], validation: Sequence[Slide], recipe: Recipe
+    model: Model, train: Sequence[Slide], validation: Sequence[Slide], recipe: Recipe, journal: Journal
 ) -> Model:
-    """Give the model its best weights and the record of its training."""
+    """Give the model the record of its training."""
     model.to("cpu")
-    if journal.best_weights is not None:
-        model.load_state_dict(journal.best_weights, strict=False)
     before = model.history
     rows = pd.DataFrame(journal.rows)
     if model.stage is not None:
