@@ -199,8 +199,8 @@ def report(result: dict[str, Any]) -> str:
     measured = [[part, *found.values()] for part, found in result["measured"].items()]
     return "\n\n".join(
         [
-            "The load of the machine while it was measured, in processes that want a core. Where it is above the number of "
-            "cores, two threads get little more than one does, and less of an advantage over peers that use one.",
+            "The load of the machine while it was measured, in processes that want a core. Where it exceeds the number "
+            "of cores, two threads get little more than one does, and less of an advantage over peers that use one.",
             table(["part", "began", "load at the start", "load at the end"], measured),
             f"Neighbours, k = {K}. squidpy and build_niches read and write an AnnData, the others arrays.",
             table(head, search),
