@@ -415,6 +415,31 @@ class TestPrediction:
         spread = batch.counts.std(dim=0)  # an untrained model predicts about the mean
         assert float((deviation[0] / spread).median()) == pytest.approx(1.0, abs=0.2)
 
+    def test_deviation_from_slides_that_were_held_out(self, vocabulary, make_batch):
+        from types import SimpleNamespace
+
+        model = make("storm-multibranch-small", vocabulary).eval()
+        batch = make_batch(model, n=12)
+        slide = SimpleNamespace(
+            has_gene=True,
+            has_image=True,
+            n_obs=12,
+            match=SimpleNamespace(mask=np.arange(N_GENES) < 30),
+            batch=lambda index: batch.take(torch.from_numpy(index)),
+            expression=lambda index: batch.counts[torch.from_numpy(index)].numpy(),
+        )
+        model.calibrate([slide], held_out=True)
+        assert torch.equal(model.residual, torch.ones(N_GENES))  # it has learned nothing yet
+        model.learned.fill_(True)
+        model.calibrate([slide], held_out=False)
+        assert torch.equal(model.residual, torch.ones(N_GENES))
+        model.calibrate([slide], held_out=True)
+        with torch.no_grad():
+            prediction = model.predict(batch)
+        error = (batch.counts - prediction.mean).square().mean(dim=0).sqrt()
+        torch.testing.assert_close(prediction.deviation[0, :30], error[:30])
+        assert torch.equal(prediction.deviation[0, 30:], torch.ones(30))
+
     def test_genes_that_were_learned(self, vocabulary):
         from types import SimpleNamespace
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from stfm._errors import InputError
 from stfm._validate import check_choice
+from stfm.models._multibranch_fit import colour_scale, genes_measured, squared_errors
 from stfm.models._multibranch_network import TissueNetwork
 from stfm.models._multibranch_parts import Tissue, mean_where
 from stfm.models._slots import check_batch, fit_gene_encoder
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
     from stfm.slide.genes import Vocabulary
 
 _MOMENTUM = 0.05  # of the running mean of squared errors
-_FIT_TILES = 64  # tiles a slide from which the scale of the pixels is taken
 
 
 class StormMultiBranch(TissueNetwork):
@@ -293,7 +293,7 @@ class StormMultiBranch(TissueNetwork):
         return Embedding(joint=out["joint"], image=out.get("image"), gene=out.get("gene"))
 
     def predict(self, batch: Batch, *, own: bool = False) -> Prediction:
-        """Return expected expression of every spot, ``log1p(1e4 c / sum c)``, and the error that training left.
+        """Return expected expression of every spot, ``log1p(1e4 c / sum c)``, and its error on held-out slides.
 
         Parameters
         ----------
@@ -357,23 +357,22 @@ class StormMultiBranch(TissueNetwork):
 
     def fit_inputs(self, slides: Sequence[SlideInputs]) -> None:
         """Take the scale of genes (and of pixels, if asked for) from the training slides; note their genes."""
-        for slide in slides:
-            if slide.has_gene:
-                everything = np.ones(len(self.learned), dtype=bool)
-                measured = everything if slide.match is None else np.asarray(slide.match.mask, dtype=bool)
-                self.learned |= torch.from_numpy(measured).to(self.learned.device)
+        self.learned |= torch.from_numpy(genes_measured(slides, len(self.learned))).to(self.learned.device)
         fit_gene_encoder(self.expression, slides, niche=False)  # type: ignore[arg-type]
-        with_image = [slide for slide in slides if slide.has_image]
-        if self.config.pixels == "unit" or not with_image:
+        scale = colour_scale(slides) if self.config.pixels == "standard" else None
+        if scale is not None:
+            self.pixel_mean.copy_(scale[0])
+            self.pixel_scale.copy_(scale[1])
+
+    def calibrate(self, slides: Sequence[SlideInputs], *, held_out: bool) -> None:
+        """Take the deviation of predictions from the errors on slides that were held out of training.
+
+        Without such slides it stays what training left, which is too small.
+        """
+        if not held_out or not self.learned.any():
             return
-        rng = np.random.default_rng(0)
-        pixels = []
-        for slide in with_image:
-            index = np.sort(rng.choice(slide.n_obs, size=min(slide.n_obs, _FIT_TILES), replace=False)).astype(np.int64)
-            pixels.append(slide.tiles(index, "spot").reshape(-1, 3))
-        values = np.concatenate(pixels).astype(np.float64) / 255
-        self.pixel_mean.copy_(torch.from_numpy(values.mean(axis=0)))
-        self.pixel_scale.copy_(torch.from_numpy(values.std(axis=0)).clamp_min(0.02))
+        error, n = squared_errors(self, slides, len(self.learned))
+        self.residual.copy_(torch.where(n > 0, error, self.residual.double().cpu()))
 
     def adapted(self, mode: str, **changes: Any) -> StormMultiBranch:
         """Return a copy for fine-tuning, with ``mode`` ``"lora"`` or ``"head"`` and other fields changed.

@@ -1,0 +1,64 @@
+"""What the multi-branch STORM takes from slides beside its weights: colours, genes, errors."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from stfm.models.base import Model
+    from stfm.models.inputs import SlideInputs
+
+_FIT_TILES = 64  # tiles a slide from which the scale of the pixels is taken
+_SMALLEST = 0.02  # deviation of a channel from 0 to 1: less is an empty slide
+_MAX_SPOTS = 4000  # spots of all slides together that errors are measured on
+_BATCH = 128
+
+
+def genes_measured(slides: Sequence[SlideInputs], n_genes: int) -> NDArray[np.bool_]:
+    """Return which genes of the vocabulary some slide has measured, bool ``(G,)``."""
+    found = np.zeros(n_genes, dtype=bool)
+    for slide in slides:
+        if slide.has_gene:
+            found |= True if slide.match is None else np.asarray(slide.match.mask, dtype=bool)
+    return found
+
+
+def colour_scale(slides: Sequence[SlideInputs]) -> tuple[Tensor, Tensor] | None:
+    """Return mean and deviation of the channels (0 to 1) over some tiles of each slide; None without H&E."""
+    rng = np.random.default_rng(0)
+    pixels = []
+    for slide in slides:
+        if slide.has_image:
+            index = rng.choice(slide.n_obs, size=min(slide.n_obs, _FIT_TILES), replace=False)
+            pixels.append(slide.tiles(np.sort(index).astype(np.int64), "spot").reshape(-1, 3))
+    if not pixels:
+        return None
+    values = np.concatenate(pixels).astype(np.float64) / 255
+    return torch.from_numpy(values.mean(axis=0)), torch.from_numpy(values.std(axis=0)).clamp_min(_SMALLEST)
+
+
+@torch.no_grad()
+def squared_errors(model: Model, slides: Sequence[SlideInputs], n_genes: int) -> tuple[Tensor, Tensor]:
+    """Return the mean squared error of each gene predicted from H&E alone, and the spots that it was measured on."""
+    slides = [slide for slide in slides if slide.has_gene and slide.has_image]
+    n, total = torch.zeros(n_genes, dtype=torch.float64), torch.zeros(n_genes, dtype=torch.float64)
+    share = min(1.0, _MAX_SPOTS / max(1, sum(slide.n_obs for slide in slides)))
+    device = next(model.parameters()).device
+    for slide in slides:
+        there = torch.from_numpy(genes_measured([slide], n_genes)).double()
+        chosen = np.unique(np.linspace(0, slide.n_obs - 1, max(2, int(share * slide.n_obs))).astype(np.int64))
+        for start in range(0, len(chosen), _BATCH):
+            index = chosen[start : start + _BATCH]
+            predicted = model.predict(slide.batch(index).without("gene").to(device)).mean.cpu()
+            error = (torch.from_numpy(slide.expression(index)) - predicted).double().square().sum(dim=0)
+            n += len(index) * there
+            total += error * there
+    return total / n.clamp_min(1), n
