@@ -153,6 +153,17 @@ class Model(nn.Module, ABC):
     def fit_inputs(self, slides: Sequence[SlideInputs]) -> None:
         """Fit what is estimated from the training slides before the first step; nothing by default."""
 
+    def calibrate(self, slides: Sequence[SlideInputs], *, held_out: bool) -> None:
+        """Fit the size of the errors after the last step; nothing by default.
+
+        Parameters
+        ----------
+        slides
+            Validation slides, or the training slides where there are none.
+        held_out
+            Whether the model did not learn from them.
+        """
+
     def frozen_image_encoder(self, level: str) -> nn.Module | None:
         """Return the encoder of ``"spot"`` or ``"niche"`` tiles if it is frozen, so that its features can be kept."""
         return None

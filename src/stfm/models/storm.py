@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from stfm._errors import InputError
 from stfm._validate import check_choice
 from stfm.models._slots import build_gene, build_image, check_batch, fit_gene_encoder
+from stfm.models._storm_calibrate import fit_calibration
 from stfm.models._storm_fit import fit_image_scale, fit_table, fit_window_regression
 from stfm.models._storm_linear import WindowRegression, window_features
 from stfm.models._storm_spatial import Decoder, Shown, SpatialEncoder, draw_masks
@@ -339,6 +340,13 @@ class STORM(Model):
             fit_image_scale(self.image, slides)
             if self.linear is not None:
                 fit_window_regression(self.linear, self.image, with_counts)
+
+    def calibrate(self, slides: Sequence[SlideInputs], *, held_out: bool) -> None:
+        """Give the predicted deviations the size of the errors on these slides, gene by gene."""
+        self.calibration.fill_(1.0)
+        factor = fit_calibration(self, slides, held_out=held_out)
+        if factor is not None:
+            self.calibration.copy_(factor)
 
     def frozen_image_encoder(self, level: str) -> nn.Module | None:
         """Return the image encoder if it is frozen, or None."""

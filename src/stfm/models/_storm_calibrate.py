@@ -1,0 +1,77 @@
+"""How large STORM's errors are on spots that it did not learn from."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from stfm.models.inputs import SlideInputs
+    from stfm.models.storm import STORM
+
+_BATCH = 256
+#: spots of all slides together that the errors are measured on
+_MAX_SPOTS = 4000
+#: spots below which the errors of a gene say nothing by themselves
+_FEWEST = 20
+_LIMITS = (0.1, 10.0)
+
+
+@torch.no_grad()
+def fit_calibration(model: STORM, slides: Sequence[SlideInputs], *, held_out: bool) -> Tensor | None:
+    """Return the factor of each gene by which the deviation of a prediction has the size of its error, ``(G,)``.
+
+    The factor is the root mean square of ``(measured - predicted) / deviation``, with predictions as they are made for
+    new slides: from H&E alone, or without it from the counts of the other spots of the window. Errors on training
+    slides are smaller than those on new ones; there the factor is raised to the errors that the regression on windows
+    had on the sections that were left out of it.
+
+    Parameters
+    ----------
+    model
+        In evaluation mode, its calibration all ones.
+    slides
+        With counts; others are left out.
+    held_out
+        Whether the model did not learn from them.
+
+    Returns
+    -------
+    The factors; those of genes that were not measured are the median of the others. None without counts.
+    """
+    slides = [slide for slide in slides if slide.has_gene]
+    if not slides:
+        return None
+    n = torch.zeros(len(model.calibration), dtype=torch.float64)
+    error, expected = torch.zeros_like(n), torch.zeros_like(n)
+    share = min(1.0, _MAX_SPOTS / sum(slide.n_obs for slide in slides))
+    for slide in slides:
+        there = torch.ones(len(n), dtype=torch.bool) if slide.match is None else torch.from_numpy(slide.match.mask)
+        chosen = np.unique(np.linspace(0, slide.n_obs - 1, max(2, int(share * slide.n_obs))).astype(np.int64))
+        for start in range(0, len(chosen), _BATCH):
+            index = chosen[start : start + _BATCH]
+            squares, variance = _errors(model, slide, index)
+            n += len(index) * there
+            error += squares.sum(dim=0).double() * there
+            expected += variance.mean(dim=0).double() * len(index) * there
+    enough = (n >= min(_FEWEST, float(n.max()))) & (n > 0)
+    factor = (error / n.clamp_min(1.0)).sqrt()
+    if not held_out and model.linear is not None and bool(model.linear.fitted):
+        typical = (expected / n.clamp_min(1.0)).sqrt().clamp_min(1e-6)
+        factor = torch.maximum(factor, model.linear.deviation.cpu().double() / typical)
+    factor[~enough] = factor[enough].median()
+    return factor.clamp(*_LIMITS).float()
+
+
+def _errors(model: STORM, slide: SlideInputs, index: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Return squared errors in units of the predicted variance, and that variance, ``(b, G)`` each."""
+    batch = slide.batch(index).to(model.calibration.device)
+    prediction = model.predict(batch.without("gene") if batch.has_image and model.config.reads_image else batch)
+    measured = torch.from_numpy(slide.expression(index))
+    mean, variance = prediction.mean.float().cpu(), prediction.deviation.float().cpu().square().clamp_min(1e-8)
+    return (measured - mean).square() / variance, variance
