@@ -132,7 +132,7 @@ def storm_rows(weights: Path) -> dict[str, Storm]:
             None,
             {
                 "image": {"name": "resnet-small", "mode": "full"}, "spot_px": 64, "contexts_um": (224.0,),
-                "centre": False, "ablation": "no-neighbours", "linear_blend": 0.0, "cross_share": 1.0, "n_visible": 0,
+                "slide_norm": "none", "ablation": "no-neighbours", "linear_blend": 0.0, "cross_share": 1.0, "n_visible": 0,
                 "decoder_depth": 0, "depth": 1,
             },
             {"epochs": 20},

@@ -49,6 +49,8 @@ class InputSpec:
     centre
         Of what the slide's mean is subtracted (shifts of batch and stain): ``"gene"``, log counts; ``"image"``, frozen
         features.
+    standardise
+        Divide what is centred of H&E by the slide's deviation, too.
     min_fraction
         Smallest share of genes that must match the model's vocabulary.
     """
@@ -65,6 +67,7 @@ class InputSpec:
     include_self: bool = False
     ties: str = "index"
     centre: tuple[str, ...] = ()
+    standardise: bool = False
     min_fraction: float = 0.2
 
     @property
@@ -124,7 +127,7 @@ class SlideInputs:
         self.niche_features: NDArray[np.float32] | SideBySide | None = None
         #: spots whose counts may be looked at, bool (n,); None: all
         self.measured: NDArray[np.bool_] | None = None
-        self._feature_means: dict[str, NDArray[np.float32]] = {}
+        self._moments: dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]] = {}
         if self.has_image:
             self._check_sizes()
 
@@ -301,20 +304,24 @@ class SlideInputs:
         if features is not None:
             chosen = np.ascontiguousarray(features[index])
             if "image" in self.spec.centre:
-                chosen = chosen - self._mean_features(level)
+                mean, deviation = self._feature_moments(level)
+                chosen = (chosen - mean) / deviation if self.spec.standardise else chosen - mean
             return torch.from_numpy(chosen), None
         tiles = self.tiles(index, level)
         return None, torch.from_numpy(tiles).movedim(-1, -3)
 
-    def _mean_features(self, level: str) -> NDArray[np.float32]:
-        if level not in self._feature_means:
+    def _feature_moments(self, level: str) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Return mean and deviation of a slide's features, 1 where a feature does not vary."""
+        if level not in self._moments:
             features = self.spot_features if level == "spot" else self.niche_features
             if features is None:
                 msg = f"slide {self.slide.name!r} has no {level} features to take the mean of."
                 raise InputError(msg)
-            read = features.__getitem__
-            self._feature_means[level] = self._mean_of(read)
-        return self._feature_means[level]
+            mean = self._mean_of(features.__getitem__)
+            deviation = np.sqrt(self._mean_of(lambda rows: np.square(features[rows] - mean)))
+            flat = deviation <= 1e-6 * np.maximum(np.abs(mean), 1.0)
+            self._moments[level] = (mean, np.where(flat, np.float32(1.0), deviation))
+        return self._moments[level]
 
     def _gene_mask(self, n: int) -> torch.Tensor | None:
         if self.match is None or self.match.n_matched == self.match.n_vocabulary:

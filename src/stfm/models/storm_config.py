@@ -12,6 +12,7 @@ from stfm.nn.counts import LIKELIHOODS
 
 STAGES = ("mask", "align")
 JOINTS = ("concat", "mean")
+SLIDE_NORMS = ("none", "centre", "standardise")
 #: rows of the ablation table
 ABLATIONS = ("full", "no-neighbours", "no-image", "no-gene", "no-distance", "shared-experts")
 
@@ -28,8 +29,9 @@ class STORMConfig:
         Encoder of counts; None reads them through the gene table, from any panel.
     spot_px, contexts_um
         Side of a tile in px, and sides in µm of the tiles around a spot; one of 112 µm in the paper.
-    centre
-        Subtract each slide's mean from its frozen image features, which takes out shifts of stain.
+    slide_norm
+        What is taken out of a slide's frozen image features, against shifts of stain: ``"none"``, its mean
+        (``"centre"``), or mean and deviation (``"standardise"``).
     feature_components
         Principal components of frozen image features that are kept; 0 keeps the features as they are.
     feature_dropout
@@ -77,7 +79,7 @@ class STORMConfig:
     gene: EncoderChoice | None = None
     spot_px: int = 224
     contexts_um: tuple[float, ...] = (112.0,)
-    centre: bool = False
+    slide_norm: str = "none"
     feature_components: int = 0
     feature_dropout: float = 0.0
     window: int = 25
@@ -111,6 +113,7 @@ class STORMConfig:
         object.__setattr__(self, "gene", as_choice("gene", self.gene, "gene"))
         object.__setattr__(self, "contexts_um", tuple(float(c) for c in self.contexts_um))
         check_choice("likelihood", self.likelihood, LIKELIHOODS)
+        check_choice("slide_norm", self.slide_norm, SLIDE_NORMS)
         check_choice("joint", self.joint, JOINTS)
         check_choice("ablation", self.ablation, ABLATIONS)
         for name in ("spot_px", "window", "width", "depth", "heads", "gene_width", "max_genes"):
@@ -169,7 +172,7 @@ class STORMConfig:
 _LIGHT: dict[str, Any] = {
     "image": EncoderChoice("handcrafted"),
     "contexts_um": (112.0, 224.0, 448.0),
-    "centre": True,
+    "slide_norm": "centre",
     "feature_components": 256,
     "feature_dropout": 0.3,
     "dropout": 0.1,
