@@ -11,6 +11,7 @@ PARTS: Final = ("image", "gene", "niche")
 DOMAIN: Final = "spatial_domain"
 PREDICTED: Final = "predicted_expression"
 IMPUTED: Final = "imputed"
+ATTRIBUTION: Final = "attribution"
 UNS: Final = "stfm"
 TILES: Final = "tiles"
 
@@ -25,6 +26,11 @@ STUDY: Final = "study"
 def niche_keys(key_added: str = NICHE) -> tuple[str, str]:
     """Return the ``obsp`` names of a niche table: connectivities, distances."""
     return f"{key_added}_connectivities", f"{key_added}_distances"
+
+
+def deviation_key(expression_key: str) -> str:
+    """Return the ``obsm`` name of the deviations of predicted expression."""
+    return f"{expression_key}_sd"
 
 
 def part_key(embedding_key: str, part: str) -> str:

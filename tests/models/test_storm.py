@@ -407,3 +407,75 @@ def test_shown_masks_of_a_modality():
     assert torch.equal(shown.of("image"), image)
     assert torch.equal(shown.of("gene"), gene)
     assert {"storm", "storm-paper", "storm-small", "storm-tiny"} <= set(MODELS.names())
+
+
+class TestCalibration:
+    """``calibrate`` on slides in memory."""
+
+    def inputs(self, model, *, factor: float = 1.0, counts: bool = True):
+        """A slide whose counts are those of :func:`slide`, times a factor."""
+        from scipy import sparse
+
+        from stfm.models.inputs import SlideInputs
+        from stfm.slide.counts import Counts
+        from stfm.slide.genes import Panel
+        from stfm.slide.slide import Slide
+
+        batch = slide(model)
+        raw = torch.expm1(batch.counts) * batch.totals[:, None] / 1e4
+        raw = (factor * raw).round().numpy()[:, :40]
+        n = SIDE * SIDE
+        one = Slide(
+            name="A", coords=batch.xy_um.double().numpy(), obs_names=np.arange(n).astype(str), rows=np.arange(n),
+            counts=Counts(sparse.csr_matrix(raw)) if counts else None,
+            panel=Panel(np.array([f"GENE{i}" for i in range(40)])) if counts else None,
+            tiles=_Tiles(n), niches=None, mpp=1.0, spot_um=55.0, niche_um=None,
+        )  # fmt: skip
+        made = SlideInputs(one, model.inputs, model.vocabulary)
+        made.spot_features = batch.spot_features.numpy()
+        return made
+
+    def test_deviation_gets_the_size_of_the_error(self, vocabulary):
+        model = make(vocabulary, likelihood="gaussian").eval()
+        with torch.no_grad():
+            model.table.log_spread += 4.0 * torch.rand(N_GENES, generator=torch.Generator().manual_seed(0))
+        held = self.inputs(model)
+        model.calibrate([held], held_out=True)
+        batch = held.batch(np.arange(held.n_obs))
+        with torch.no_grad():
+            written = model.predict(batch.without("gene"))
+        z = ((batch.counts - written.mean) / written.deviation)[:, :40]
+        torch.testing.assert_close(z.square().mean(dim=0).sqrt(), torch.ones(40), atol=2e-3, rtol=0.0)
+        assert len(model.calibration[:40].unique()) > 30
+        assert torch.equal(model.calibration[40:], model.calibration[:40].median().expand(20))  # not measured there
+
+    def test_the_same_however_often(self, vocabulary):
+        model = make(vocabulary).eval()
+        held = self.inputs(model)
+        model.calibrate([held], held_out=True)
+        first = model.calibration.clone()
+        model.calibrate([held], held_out=True)
+        assert torch.equal(model.calibration, first)
+
+    def test_training_slides_are_raised_to_what_was_left_out(self, vocabulary):
+        model = make(vocabulary, linear_blend=0.5).eval()
+        held = self.inputs(model)
+        model.linear.fitted.fill_(True)
+        model.linear.deviation.fill_(100.0)
+        model.calibrate([held], held_out=True)
+        small = model.calibration.clone()
+        model.calibrate([held], held_out=False)
+        assert (model.calibration[:40] > small[:40]).all()
+        assert float(model.calibration.max()) <= 10.0
+
+    def test_without_counts_it_stays_as_it_is(self, vocabulary):
+        model = make(vocabulary).eval()
+        model.calibrate([self.inputs(model, counts=False)], held_out=True)
+        assert (model.calibration == 1).all()
+
+
+class _Tiles:
+    """Stands for tiles whose features are known."""
+
+    def __init__(self, n: int) -> None:
+        self.n_obs = n

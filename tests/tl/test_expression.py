@@ -374,3 +374,136 @@ def test_tables_that_do_not_fit(change, message: str):
     features, targets = _simulated(2)
     with pytest.raises(InputError, match=message):
         fit_expression(*change(features, targets, list("abcdefghijkl")))
+
+
+@pytest.fixture(scope="module")
+def storm(sections):
+    config = {"contexts_um": (100.0,), "spot_px": 40, "width": 16, "heads": 2, "gene_width": 4, "window": 9}
+    genes = [*sections[0].var_names, "NEVER"]
+    return tl.train(sections[:2], "storm-tiny", config=config, stage="mask", epochs=3, batch_size=32, lr=3e-3,
+                    genes=genes, validation=None)  # fmt: skip
+
+
+class TestByAModel:
+    """A trained model that writes expression by itself."""
+
+    def test_reads_morphology_and_says_how(self, sections, storm, tmp_path):
+        target = sections[2].copy()
+        storm.save(tmp_path / "m")
+        assert tl.predict_expression(target, model=tmp_path / "m") is None
+        table, spread = target.obsm["predicted_expression"], target.obsm["predicted_expression_sd"]
+        assert table.columns.tolist() == sections[0].var_names.tolist()  # what was never measured is left out
+        assert spread.columns.equals(table.columns)
+        assert table.dtypes.unique().tolist() == spread.dtypes.unique().tolist() == [np.float32]
+        assert (spread > 0).all(axis=None)
+        assert _scores(target)[:2].min() > 0.6
+        note = target.uns["predicted_expression"]
+        assert (note["by"], note["source"], note["n_measured"]) == ("storm", str(tmp_path / "m"), 0)
+        assert note["seen_in_training"].tolist() == [False]
+        own = tl.predict_expression(sections[2], model=storm, genes=["NUCLEI", "EOSIN"], copy=True)
+        assert own.obsm["predicted_expression"].columns.tolist() == ["NUCLEI", "EOSIN"]
+        np.testing.assert_allclose(own.obsm["predicted_expression"]["EOSIN"], table["EOSIN"], atol=1e-5)
+
+    def test_counts_are_looked_at_where_they_are_said_to_be_measured(self, sections, storm):
+        target = sections[2].copy()
+        target.obs["measured"] = np.arange(target.n_obs) % 2 == 0
+        other = target.copy()
+        other.X[~target.obs["measured"].to_numpy()] = 3.0
+        blind, none = other.copy(), other.copy()
+        none.obs["measured"] = False
+        for one in (target, other, none):
+            tl.predict_expression(one, model=storm, measured_key="measured")
+        tl.predict_expression(blind, model=storm)
+        key = "predicted_expression"
+        np.testing.assert_array_equal(other.obsm[key], target.obsm[key])
+        np.testing.assert_allclose(none.obsm[key], blind.obsm[key], atol=1e-5)
+        assert not np.allclose(target.obsm[key], blind.obsm[key], atol=1e-3)
+        assert target.uns[key]["n_measured"] == 41
+
+    def test_own_counts_of_a_measured_spot_are_not_looked_at(self, sections, storm):
+        target = sections[2].copy()
+        target.obs["measured"] = True
+        other = target.copy()
+        other.X[40] = other.X[40][::-1]
+        for one in (target, other):
+            tl.predict_expression(one, model=storm, measured_key="measured")
+        one, two = (a.obsm["predicted_expression"].to_numpy() for a in (target, other))
+        np.testing.assert_array_equal(one[40], two[40])
+        assert not np.array_equal(one[41], two[41])
+
+    def test_a_slide_that_was_seen_is_told(self, sections, storm):
+        with pytest.warns(StfmWarning, match="tells nothing about other tissue"):
+            tl.predict_expression(sections[0].copy(), model=storm)
+
+    @pytest.mark.parametrize(
+        ("options", "error", "message"),
+        [
+            ({"genes": ["EOSINE"]}, InputError, "does not know gene 'EOSINE'. Did you mean 'EOSIN'"),
+            ({"genes": ["EOSIN", "NEVER"]}, InputError, "gene 'NEVER' is in the model's vocabulary, but no training"),
+            ({"genes": []}, InputError, "genes is empty"),
+            ({"genes": "hvg250"}, InputError, "names a gene set"),
+            ({"measured_key": "measured"}, MissingKeyError, "no column 'measured', which measured_key= names"),
+            ({"measured_key": "patient"}, InputError, "must hold True and False"),
+        ],
+    )
+    def test_guards(self, sections, storm, options, error, message):
+        target = sections[2].copy()
+        with pytest.raises(error, match=message):
+            tl.predict_expression(target, model=storm, **options)
+        assert "predicted_expression" not in target.obsm
+        assert "predicted_expression" not in target.uns
+
+    def test_measured_key_needs_such_a_model(self, sections, predictor):
+        with pytest.raises(InputError, match="needs a model that writes expression"):
+            tl.predict_expression(sections[2].copy(), model=predictor, measured_key="patient")
+
+    def test_slides_without_image_are_refused(self, sections, storm):
+        target = sections[2].copy()
+        del target.uns["spatial"]
+        with pytest.raises(InputError, match=r"H&E|image"):
+            tl.predict_expression(target, model=storm, mpp=4.0)
+
+
+@pytest.mark.slow
+def test_measured_spots_help_the_others():
+    """In-context prediction on simulated tissue: with every second spot measured, r of the others rises."""
+    from stfm import datasets
+
+    adata = datasets.toy(n_spots=250, n_sections=3, n_patients=3, n_genes=330, mpp=4.0)
+    known = adata[adata.obs["library_id"] != "section_3"].copy()
+    new = adata[adata.obs["library_id"] == "section_3"].copy()
+    model = tl.train(known, "storm-tiny", stage="mask", epochs=24, batch_size=32, lr=3e-3, validation=None)
+    new.obs["measured"] = np.arange(new.n_obs) % 2 == 0
+    tl.predict_expression(new, model=model, measured_key="measured", key_added="context")
+    tl.predict_expression(new, model=model, key_added="alone")
+    counts = new.X.toarray()
+    truth = np.log1p(1e4 * counts / counts.sum(axis=1, keepdims=True))
+    varied = np.argsort(-truth.var(axis=0))[:150]
+    rest = ~new.obs["measured"].to_numpy()
+    genes = new.var_names[varied]
+    r = {
+        key: float(metrics.gene_pearson(truth[rest][:, varied], new.obsm[key].loc[rest, genes]).mean())
+        for key in ("context", "alone")
+    }
+    assert r["context"] > r["alone"] + 0.001, r
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("validation", [None, "section"])
+def test_intervals_hold_on_a_section_of_another_patient(validation):
+    """Deviations are fitted on validation slides, else by what was left out of the training sections."""
+    from stfm import datasets
+
+    adata = datasets.toy(n_spots=150, n_sections=4, n_patients=4, n_genes=330, mpp=4.0)
+    known = adata[adata.obs["library_id"] != "section_4"].copy()
+    new = adata[adata.obs["library_id"] == "section_4"].copy()
+    model = tl.train(known, "storm-tiny", stage="mask", epochs=8, lr=3e-3, validation=validation)
+    tl.predict_expression(new, model=model)
+    counts = new.X.toarray()
+    truth = np.log1p(1e4 * counts / counts.sum(axis=1, keepdims=True))
+    mean, sd = new.obsm["predicted_expression"], new.obsm["predicted_expression_sd"]
+    table = metrics.coverage(truth[:, new.var_names.get_indexer(mean.columns)], mean, sd, levels=[0.5, 0.8, 0.95])
+    assert 0.4 < table.loc["overall", 0.5] < 0.6
+    assert 0.7 < table.loc["overall", 0.8] < 0.9
+    assert 0.9 < table.loc["overall", 0.95] < 0.99
+    assert (model.calibration != 1.0).all()

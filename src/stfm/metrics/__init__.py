@@ -15,6 +15,7 @@ __getattr__, __dir__, __all__ = _lazy.attach(
         "chaos": "domains",
         "check_leakage": "splits",
         "completeness": "domains",
+        "coverage": "calibration",
         "domain_scores": "domains",
         "expression_scores": "expression",
         "fmi": "domains",

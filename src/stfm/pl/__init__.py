@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from stfm import _lazy
 
 if TYPE_CHECKING:
+    from stfm.pl._calibration import calibration
     from stfm.pl._domains import spatial_domains
     from stfm.pl._embedding import embedding
     from stfm.pl._expression import predicted_expression
@@ -14,11 +15,12 @@ if TYPE_CHECKING:
     from stfm.pl._tiles import tiles
     from stfm.pl._training import training
 
-__all__ = ["embedding", "niches", "predicted_expression", "spatial_domains", "tiles", "training"]
+__all__ = ["calibration", "embedding", "niches", "predicted_expression", "spatial_domains", "tiles", "training"]
 
 __getattr__, __dir__, _ = _lazy.attach(
     __name__,
     {
+        "calibration": "_calibration",
         "embedding": "_embedding",
         "niches": "_niches",
         "predicted_expression": "_expression",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from stfm._errors import InputError, WrongTypeError
-from stfm._keys import PREDICTED, SPATIAL
+from stfm._keys import PREDICTED, SPATIAL, deviation_key
 from stfm._provenance import record
 from stfm._validate import check_choice, check_key
 from stfm.inference.expression import METHODS, RANKS, ExpressionPredictor
@@ -233,7 +233,7 @@ def _by_model(
         seen.warn(stacklevel=3)
     result = target(adata, copy=copy)
     result.obsm[key_added] = _frame(written.mean, result, written.genes)
-    result.obsm[f"{key_added}_sd"] = _frame(written.deviation, result, written.genes)
+    result.obsm[deviation_key(key_added)] = _frame(written.deviation, result, written.genes)
     used = 0 if measured is None else int(measured.sum())
     result.uns[key_added] = describe_written(model, source, written, seen, n_measured=used)
     return result if copy else None

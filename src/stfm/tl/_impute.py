@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from stfm._errors import InputError, StfmWarning, WrongTypeError
-from stfm._keys import IMPUTED, SPATIAL
+from stfm._keys import IMPUTED, SPATIAL, deviation_key
 from stfm._validate import check_key
 from stfm.models.base import Model as ModelClass
 from stfm.models.registry import load
@@ -129,7 +129,7 @@ def impute(
     else:
         import pandas as pd
 
-        for name, values in ((key_added, written.mean), (f"{key_added}_sd", written.deviation)):
+        for name, values in ((key_added, written.mean), (deviation_key(key_added), written.deviation)):
             result.obsm[name] = pd.DataFrame(values, index=result.obs_names, columns=written.genes)
     used = adata.n_obs if measured is None else int(measured.sum())
     result.uns[key_added] = describe_written(trained, source, written, None, n_measured=used)
