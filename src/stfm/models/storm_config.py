@@ -172,7 +172,7 @@ class STORMConfig:
 _LIGHT: dict[str, Any] = {
     "image": EncoderChoice("handcrafted"),
     "contexts_um": (112.0, 224.0, 448.0),
-    "slide_norm": "centre",
+    "slide_norm": "standardise",
     "feature_components": 256,
     "feature_dropout": 0.3,
     "dropout": 0.1,
