@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -60,7 +62,7 @@ class GeneTable(nn.Module):
             self.log_spread.requires_grad = False
         self.register_buffer("mean", torch.zeros(n_genes))
         self.register_buffer("scale", torch.ones(n_genes))
-        self.register_buffer("log_share", torch.full((n_genes,), -float(torch.tensor(n_genes).log())))
+        self.register_buffer("log_share", torch.full((n_genes,), -math.log(n_genes)))
         self.register_buffer("noise", torch.ones(()))
         self.register_buffer("known", torch.zeros(n_genes, dtype=torch.bool))
 

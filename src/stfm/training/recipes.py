@@ -194,6 +194,25 @@ RECIPES: dict[str, Recipe] = {
         weight_decay_end=0.05,
         layer_decay=1.0,
     ),
+    # Multi-branch STORM: 200 epochs, 5 of warm-up, as published; no genes set to zero, which would be learned as zeros.
+    "storm-multibranch": Recipe(
+        epochs=200,
+        batch_size=128,
+        lr=1e-4,
+        min_lr_ratio=0.01,
+        weight_decay=0.05,
+        weight_decay_end=0.05,
+        warmup=0.025,
+        flips=False,
+    ),
+    "storm-multibranch-small": Recipe(
+        epochs=20,
+        batch_size=64,
+        lr=1e-3,
+        weight_decay=0.05,
+        weight_decay_end=0.05,
+        flips=False,
+    ),
     # The baselines as in the code of STimage-1K4M: Adam, constant weight decay, no warm-up.
     "contrastive": Recipe(
         epochs=15,
@@ -212,17 +231,24 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
+#: registered names whose recipe does not follow from their size
+_OWN = {
+    "storm": "storm", "storm-paper": "storm", "storm-small": "storm-small", "storm-tiny": "storm-small",
+    "storm-multibranch": "storm-multibranch", "squall": "storm-multibranch",
+    "storm-multibranch-small": "storm-multibranch-small", "storm-multibranch-base": "storm-multibranch-small",
+    "clip": "contrastive", "plip": "contrastive",
+}  # fmt: skip
+
+
 def recipe_for(model_name: str) -> Recipe:
     """Return the recipe that fits a model by its registered name (its size, or the baselines' own)."""
     name = model_name.lower()
-    if name in {"storm", "storm-paper"}:
-        return RECIPES["storm"]
-    if name in {"storm-small", "storm-tiny"}:
-        return RECIPES["storm-small"]
+    if name in _OWN:
+        return RECIPES[_OWN[name]]
     for size in ("tiny", "small"):
         if name.endswith(f"-{size}"):
             return RECIPES[size]
-    return RECIPES["contrastive" if name in {"clip", "plip"} else "recommended"]
+    return RECIPES["recommended"]
 
 
 def resolve_recipe(recipe: Recipe | str | None, model_name: str, **overrides: Any) -> Recipe:
