@@ -51,13 +51,13 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
 
 
 @contextmanager
-def evaluating(module: torch.nn.Module, device: torch.device) -> Iterator[torch.nn.Module]:
-    """Put a module on a device in evaluation mode, without gradients, and back as it was."""
+def evaluating(module: torch.nn.Module, device: torch.device, *, gradients: bool = False) -> Iterator[torch.nn.Module]:
+    """Put a module on a device in evaluation mode, by default without gradients, and back as it was."""
     first = next(iter(module.parameters()), None)
     home = torch.device("cpu") if first is None else first.device
     modes = {part: part.training for part in module.modules()}
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(mode=not gradients):
             yield module.to(device).eval()
     finally:
         module.to(home)

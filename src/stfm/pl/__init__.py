@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from stfm import _lazy
 
 if TYPE_CHECKING:
+    from stfm.pl._attribution import attribution
     from stfm.pl._calibration import calibration
     from stfm.pl._domains import spatial_domains
     from stfm.pl._embedding import embedding
@@ -15,11 +16,21 @@ if TYPE_CHECKING:
     from stfm.pl._tiles import tiles
     from stfm.pl._training import training
 
-__all__ = ["calibration", "embedding", "niches", "predicted_expression", "spatial_domains", "tiles", "training"]
+__all__ = [
+    "attribution",
+    "calibration",
+    "embedding",
+    "niches",
+    "predicted_expression",
+    "spatial_domains",
+    "tiles",
+    "training",
+]
 
 __getattr__, __dir__, _ = _lazy.attach(
     __name__,
     {
+        "attribution": "_attribution",
         "calibration": "_calibration",
         "embedding": "_embedding",
         "niches": "_niches",
