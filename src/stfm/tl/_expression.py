@@ -184,9 +184,7 @@ def predict_expression(
             image=_mapping(image), mpp=_mapping(mpp), batch_size=batch_size, device=device, cache=cache, rng=rng,
         )  # fmt: skip
     columns = _columns(fitted, genes if reference is None else None)
-    seen = exposure(targets, fitted.seen, getattr(features, "seen", None))
-    if adata.X is not None and adata.n_vars:  # measured: somebody may correlate
-        seen.warn(stacklevel=2)
+    seen = _told(adata, targets, fitted.seen, getattr(features, "seen", None), stacklevel=3)
     how: dict[str, Any] = {"weights": weights, "batch_size": batch_size, "device": device, "cache": cache}
     extractor = SlideFeatures.like(fitted.features, features, **how)
     values = _by_predictor(fitted, targets, extractor, adata.n_obs)[:, columns]
@@ -204,6 +202,14 @@ def _by_predictor(
     for slide in slides:
         values[slide.rows] = predict_slide(fitted, slide, extractor)
     return values
+
+
+def _told(adata: AnnData, slides: Sequence[Slide], *sources: Any, stacklevel: int) -> Exposure:
+    """Return what of the target was seen in training, and warn of it where somebody may correlate."""
+    seen = exposure(slides, *sources)
+    if adata.X is not None and adata.n_vars:
+        seen.warn(stacklevel=stacklevel)
+    return seen
 
 
 def _by_model(
@@ -228,9 +234,7 @@ def _by_model(
         adata, model, genes, measured=measured, use_counts=measured is not None, own=False, **how
     )
     _need_images(written.slides)
-    seen = exposure(written.slides, model.seen)
-    if adata.X is not None and adata.n_vars:
-        seen.warn(stacklevel=3)
+    seen = _told(adata, written.slides, model.seen, stacklevel=4)
     result = target(adata, copy=copy)
     result.obsm[key_added] = _frame(written.mean, result, written.genes)
     result.obsm[deviation_key(key_added)] = _frame(written.deviation, result, written.genes)
