@@ -11,8 +11,11 @@ from torch import Tensor
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from numpy.typing import NDArray
+
+    from stfm.models._storm_linear import WindowRegression
+    from stfm.models.base import Model
     from stfm.models.inputs import SlideInputs
-    from stfm.models.storm import STORM
 
 _BATCH = 256
 #: spots of all slides together that the errors are measured on
@@ -23,7 +26,9 @@ _LIMITS = (0.1, 10.0)
 
 
 @torch.no_grad()
-def fit_calibration(model: STORM, slides: Sequence[SlideInputs], *, held_out: bool) -> Tensor | None:
+def fit_calibration(
+    model: Model, slides: Sequence[SlideInputs], *, held_out: bool, linear: WindowRegression | None
+) -> Tensor | None:
     """Return the factor of each gene by which the deviation of a prediction has the size of its error, ``(G,)``.
 
     The factor is the root mean square of ``(measured - predicted) / deviation``, with predictions as they are made for
@@ -39,6 +44,8 @@ def fit_calibration(model: STORM, slides: Sequence[SlideInputs], *, held_out: bo
         With counts; others are left out.
     held_out
         Whether the model did not learn from them.
+    linear
+        Its regression on windows, which knows errors on left-out sections.
 
     Returns
     -------
@@ -47,7 +54,7 @@ def fit_calibration(model: STORM, slides: Sequence[SlideInputs], *, held_out: bo
     slides = [slide for slide in slides if slide.has_gene]
     if not slides:
         return None
-    n = torch.zeros(len(model.calibration), dtype=torch.float64)
+    n = torch.zeros(len(model.written_genes()), dtype=torch.float64)
     error, expected = torch.zeros_like(n), torch.zeros_like(n)
     share = min(1.0, _MAX_SPOTS / sum(slide.n_obs for slide in slides))
     for slide in slides:
@@ -61,17 +68,17 @@ def fit_calibration(model: STORM, slides: Sequence[SlideInputs], *, held_out: bo
             expected += variance.mean(dim=0).double() * len(index) * there
     enough = (n >= min(_FEWEST, float(n.max()))) & (n > 0)
     factor = (error / n.clamp_min(1.0)).sqrt()
-    if not held_out and model.linear is not None and bool(model.linear.fitted):
+    if not held_out and linear is not None and bool(linear.fitted):
         typical = (expected / n.clamp_min(1.0)).sqrt().clamp_min(1e-6)
-        factor = torch.maximum(factor, model.linear.deviation.cpu().double() / typical)
+        factor = torch.maximum(factor, linear.deviation.cpu().double() / typical)
     factor[~enough] = factor[enough].median()
     return factor.clamp(*_LIMITS).float()
 
 
-def _errors(model: STORM, slide: SlideInputs, index: np.ndarray) -> tuple[Tensor, Tensor]:
+def _errors(model: Model, slide: SlideInputs, index: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
     """Return squared errors in units of the predicted variance, and that variance, ``(b, G)`` each."""
-    batch = slide.batch(index).to(model.calibration.device)
-    prediction = model.predict(batch.without("gene") if batch.has_image and model.config.reads_image else batch)
+    batch = slide.batch(index).to(next(model.parameters()).device)
+    prediction = model.predict(batch.without("gene") if batch.has_image else batch)
     measured = torch.from_numpy(slide.expression(index))
     mean, variance = prediction.mean.float().cpu(), prediction.deviation.float().cpu().square().clamp_min(1e-8)
     return (measured - mean).square() / variance, variance

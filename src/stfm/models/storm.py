@@ -344,7 +344,7 @@ class STORM(Model):
     def calibrate(self, slides: Sequence[SlideInputs], *, held_out: bool) -> None:
         """Give the predicted deviations the size of the errors on these slides, gene by gene."""
         self.calibration.fill_(1.0)
-        factor = fit_calibration(self, slides, held_out=held_out)
+        factor = fit_calibration(self, slides, held_out=held_out, linear=self.linear)
         if factor is not None:
             self.calibration.copy_(factor)
 
