@@ -78,11 +78,17 @@ def inputs(storm) -> SlideInputs:
     return one
 
 
+def width_of(model, inputs: SlideInputs) -> int:
+    """Length of the joint embedding."""
+    with torch.no_grad():
+        return model.embed(inputs.batch(np.array([0, 1]))).joint.shape[1]
+
+
 class TestModels:
     @pytest.mark.parametrize("baseline", ["mean", "zero"])
     @pytest.mark.parametrize("gene", [True, False])
     def test_attributions_add_up_ever_better(self, storm, inputs, baseline: str, gene: bool):
-        target = target_of(storm, 3) if gene else target_of(storm, np.linspace(-1, 1, 32))
+        target = target_of(storm, 3) if gene else target_of(storm, np.linspace(-1, 1, width_of(storm, inputs)))
         errors = []
         for n_steps in (4, 16, 256):
             one = attribute_spots(storm, inputs, [14], target, n_steps=n_steps, baseline=baseline, device="cpu")[0]
@@ -116,7 +122,9 @@ class TestModels:
         slide = make_slide(n=36)
         few = SlideInputs(slide, storm.inputs, Vocabulary(np.array([*GENES[:6], *(f"NO{i}" for i in range(6))])))
         few.spot_features = np.zeros((36, storm.image.encoder.width), np.float32)
-        one = attribute_spots(storm, few, [14], target_of(storm, np.ones(32)), n_steps=4, device="cpu")[0]
+        one = attribute_spots(
+            storm, few, [14], target_of(storm, np.ones(width_of(storm, few))), n_steps=4, device="cpu"
+        )[0]
         assert not one.gene[:, 6:].any()
         assert one.gene[:, :6].any()
 
@@ -137,7 +145,7 @@ class TestModels:
         assert part.total == pytest.approx(part.output - part.baseline, abs=1e-3)
 
     def test_direction_of_another_length(self, storm, inputs):
-        with pytest.raises(InputError, match=r"target has shape \(3,\); a direction of this embedding has 32 values"):
+        with pytest.raises(InputError, match=r"target has shape \(3,\); a direction of this embedding has \d+ values"):
             attribute_spots(storm, inputs, [14], target_of(storm, np.ones(3)), device="cpu")
         with pytest.raises(InputError, match="baseline='black' is unknown"):
             attribute_spots(storm, inputs, [14], target_of(storm, 3), baseline="black")

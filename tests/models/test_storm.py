@@ -20,7 +20,9 @@ from stfm.training.module import parameter_groups
 
 N_GENES = 60
 SIDE = 10
-NARROW = {"width": 32, "depth": 2, "heads": 4, "gene_width": 8, "contexts_um": (112.0,), "feature_components": 0}
+NARROW = {"width": 32, "depth": 2, "heads": 4, "gene_width": 8, "contexts_um": (112.0,), "feature_components": 0,
+    "joint": "concat",
+}  # fmt: skip
 
 
 def make(vocabulary, seed: int = 0, **changes):

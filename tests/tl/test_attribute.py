@@ -93,7 +93,7 @@ def test_guards_leave_the_object_untouched(tissue: ad.AnnData, model):
     one, gene, spot = tissue.copy(), str(model.vocabulary.names[0]), str(tissue.obs_names[0])
     for options, error, message in (
         ({"target": gene + "X", "spots": spot}, InputError, "does not know gene .* Did you mean"),
-        ({"target": np.ones(3), "spots": spot}, InputError, "a direction of this embedding has 32 values"),
+        ({"target": np.ones(3), "spots": spot}, InputError, r"a direction of this embedding has \d+ values"),
         ({"target": np.zeros(32), "spots": spot}, InputError, "not all 0"),
         ({"target": np.ones((2, 16)), "spots": spot}, InputError, r"shape \(2, 16\)"),
         ({"target": gene, "spots": "nowhere"}, MissingKeyError, "obs_names has no 'nowhere'"),
