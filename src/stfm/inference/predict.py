@@ -60,6 +60,7 @@ def predict_slides(
         one.measured = spots
     if cache or "image" in model.inputs.centre:  # a slide's mean is known once all of its features are
         use_frozen_features(model, inputs, device=device, cache=cache)
+        model.ready(inputs)
     tables = [(np.empty((one.n_obs, len(genes)), np.float32), np.empty((one.n_obs, len(genes)), np.float32))
               for one in inputs]  # fmt: skip
     blocks = run_blocks(model, inputs, lambda batch: model.predict(batch, own=own), batch_size=batch_size,

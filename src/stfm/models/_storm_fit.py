@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 _BATCH = 256
 #: spots that a table of image features is fitted on
 _MAX_SPOTS = 20_000
+#: spots whose scaled features are kept in memory
+_MAX_KEPT = 1_000_000
 
 
 def fit_table(table: GeneTable, slides: Sequence[SlideInputs]) -> float:
@@ -55,6 +57,19 @@ def fit_image_scale(image: ImageTokens, slides: Sequence[SlideInputs]) -> None:
         scaler.fit(torch.cat([_raw(image, slide, index) for slide, index in picked]))
 
 
+def keep_scaled_features(image: ImageTokens, slides: Sequence[SlideInputs]) -> None:
+    """Replace kept features of a frozen encoder by what the scaler makes of them, which is narrower."""
+    for slide in slides:
+        features = slide.spot_features
+        if not slide.has_image or features is None or features.shape[1] == image.width or slide.n_obs > _MAX_KEPT:
+            continue
+        scaled = np.empty((slide.n_obs, image.width), np.float32)
+        for start in range(0, slide.n_obs, _BATCH):
+            index = np.arange(start, min(start + _BATCH, slide.n_obs))
+            scaled[index] = image.scaled(_raw(image, slide, index)).numpy()
+        slide.take_features(scaled)
+
+
 def fit_window_regression(linear: WindowRegression, image: ImageTokens, slides: Sequence[SlideInputs]) -> None:
     """Fit the regression from window features to expression on the slides that have both."""
     shown = [slide for slide in slides if slide.has_image]
@@ -64,7 +79,7 @@ def fit_window_regression(linear: WindowRegression, image: ImageTokens, slides: 
     x, y, coords = [], [], []
     for slide in shown:
         index = _evenly(slide.n_obs, share)
-        scaled = image.scaler(_raw(image, slide, np.arange(slide.n_obs)))
+        scaled = image.scaled(_raw(image, slide, np.arange(slide.n_obs)))
         window = torch.from_numpy(slide.windows[index].astype(np.int64))
         rows = window.clamp_min(0)
         xy = torch.from_numpy(slide.slide.coords.astype(np.float32))
@@ -84,10 +99,9 @@ def _raw(image: ImageTokens, slide: SlideInputs, index: NDArray[np.int64]) -> Te
     """Return raw features of some spots: those that are kept, else computed."""
     parts = []
     for start in range(0, len(index), _BATCH):
-        batch = slide.spots(index[start : start + _BATCH])
-        if batch.spot_features is not None:
-            parts.append(batch.spot_features)
-        elif batch.spot_tiles is not None:
-            device = image.encoder.mean.device
-            parts.append(image.encode(batch.spot_tiles.to(device)).cpu())
+        features, tiles = slide.shown(index[start : start + _BATCH], "spot")
+        if features is not None:
+            parts.append(features)
+        elif tiles is not None:
+            parts.append(image.encode(tiles.to(image.encoder.mean.device)).cpu())
     return torch.cat(parts)

@@ -105,7 +105,12 @@ class ImageTokens(nn.Module):
                 f"(mode={self.encoder.mode!r}); give tiles."
             )
             raise InputError(msg)
-        return None if raw is None else self.scaler(raw)
+        return None if raw is None else self.scaled(raw)
+
+    def scaled(self, raw: Tensor) -> Tensor:
+        """Return features on one scale, ``(n, width)``; what was scaled before stays."""
+        narrow = self.encoder.frozen and raw.shape[1] == self.width != len(self.scaler.centre)  # type: ignore[arg-type]
+        return raw if narrow else self.scaler(raw)  # type: ignore[no-any-return]
 
     def encode(self, tiles: Tensor) -> Tensor:
         """Return the features of all contexts of a spot side by side, ``(n, c f)``."""

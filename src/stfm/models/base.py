@@ -164,6 +164,9 @@ class Model(nn.Module, ABC):
             Whether the model did not learn from them.
         """
 
+    def ready(self, slides: Sequence[SlideInputs]) -> None:
+        """Do once for slides what would be done in each batch, when the model is fitted; nothing by default."""
+
     def frozen_image_encoder(self, level: str) -> nn.Module | None:
         """Return the encoder of ``"spot"`` or ``"niche"`` tiles if it is frozen, so that its features can be kept."""
         return None

@@ -187,8 +187,8 @@ class SlideInputs:
 
     def spots(self, index: NDArray[np.int64]) -> Batch:
         """Return the spots at some positions of the slide by themselves."""
-        spot_features, spot_tiles = self._image(index, "spot")
-        niche_features, niche_tiles = self._image(index, "niche")
+        spot_features, spot_tiles = self.shown(index, "spot")
+        niche_features, niche_tiles = self.shown(index, "niche")
         counts = self.expression(index) if self.has_gene and self.spec.counts else None
         niche_counts = self.niche_expression(index) if self.has_gene and self.spec.niche_counts else None
         totals = self.slide.counts.totals()[index] if counts is not None and self.slide.counts is not None else None
@@ -295,8 +295,8 @@ class SlideInputs:
             return None
         return self.match.take(self.slide.counts.to_csr())
 
-    def _image(self, index: NDArray[np.int64], level: str) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Return frozen features where they were computed, else tiles, else nothing."""
+    def shown(self, index: NDArray[np.int64], level: str) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Return (features of a frozen encoder, None) where they were computed, else (None, tiles), else nothing."""
         features = self.spot_features if level == "spot" else self.niche_features
         px = self.spec.spot_px if level == "spot" else self.spec.niche_px
         if not self.has_image or px is None:
@@ -309,6 +309,11 @@ class SlideInputs:
             return torch.from_numpy(chosen), None
         tiles = self.tiles(index, level)
         return None, torch.from_numpy(tiles).movedim(-1, -3)
+
+    def take_features(self, scaled: NDArray[np.float32]) -> None:
+        """Put features that a model has scaled in the place of the spot's; the slide's mean is out of them already."""
+        self.spot_features = scaled
+        self.spec = replace(self.spec, centre=tuple(c for c in self.spec.centre if c != "image"), standardise=False)
 
     def _feature_moments(self, level: str) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Return mean and deviation of a slide's features, 1 where a feature does not vary."""

@@ -14,7 +14,7 @@ from stfm._errors import InputError
 from stfm._validate import check_choice
 from stfm.models._slots import build_gene, build_image, check_batch, fit_gene_encoder
 from stfm.models._storm_calibrate import fit_calibration
-from stfm.models._storm_fit import fit_image_scale, fit_table, fit_window_regression
+from stfm.models._storm_fit import fit_image_scale, fit_table, fit_window_regression, keep_scaled_features
 from stfm.models._storm_linear import WindowRegression, window_features
 from stfm.models._storm_spatial import Decoder, Shown, SpatialEncoder, draw_masks
 from stfm.models._storm_tokens import ImageTokens
@@ -160,7 +160,8 @@ class STORM(Model):
             contexts_um=config.contexts_um if config.reads_image else (),
             window=config.window_size,
             niche_counts=False,
-            centre=("image",) if config.centre else (),
+            centre=() if config.slide_norm == "none" else ("image",),
+            standardise=config.slide_norm == "standardise",
             min_fraction=config.min_fraction,
         )
 
@@ -347,6 +348,11 @@ class STORM(Model):
         factor = fit_calibration(self, slides, held_out=held_out, linear=self.linear)
         if factor is not None:
             self.calibration.copy_(factor)
+
+    def ready(self, slides: Sequence[SlideInputs]) -> None:
+        """Scale the features of frozen encoders once instead of in every batch."""
+        if self.image is not None and self.image.encoder.frozen:
+            keep_scaled_features(self.image, slides)
 
     def frozen_image_encoder(self, level: str) -> nn.Module | None:
         """Return the image encoder if it is frozen, or None."""

@@ -106,6 +106,7 @@ def fit(
         prepare(model, inputs)
     if fit_inputs:
         model.fit_inputs(inputs[: len(train)])
+    model.ready(inputs)
     keep_tiles(inputs, recipe.cache_gb)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
