@@ -16,7 +16,15 @@ from stfm.models import create
 from stfm.models.inputs import SlideInputs
 from stfm.slide.genes import Vocabulary
 
-CONFIG = {"contexts_um": (112.0,), "spot_px": 16, "window": 9, "width": 16, "heads": 2, "gene_width": 4}
+CONFIG = {
+    "contexts_um": (112.0,),
+    "spot_px": 16,
+    "window": 9,
+    "width": 16,
+    "heads": 2,
+    "gene_width": 4,
+    "joint": "concat",
+}
 
 
 def gradients(f, x, **options) -> torch.Tensor:

@@ -60,7 +60,7 @@ def coverage(
     >>> from stfm import metrics
     >>> measured = np.random.default_rng(0).normal(2.0, 0.5, (1000, 2))
     >>> metrics.coverage(measured, np.full((1000, 2), 2.0), np.full((1000, 2), 0.5)).loc["overall"].round(2).tolist()
-    [0.51, 0.8, 0.95]
+    [0.5, 0.8, 0.96]
     """
     import pandas as pd
 

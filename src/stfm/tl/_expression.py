@@ -130,7 +130,9 @@ def predict_expression(
     Returns
     -------
     None, or with ``copy=True`` the new object. Written are
-    ``obsm[key_added]`` (DataFrame ``(n, g)`` float32, a column a gene, ``log1p(1e4 c / sum c)``, not clipped) and
+    ``obsm[key_added]`` (DataFrame ``(n, g)`` float32, a column a gene, ``log1p(1e4 c / sum c)``, not clipped),
+    of a model that writes expression ``obsm[key_added + "_sd"]`` (the same shape: the deviation expected of a measured
+    value, of the size of the errors on the slides that training held out, or without any on left-out sections), and
     ``uns[key_added]`` (scale, how the predictor was fitted, what it saw; ``libraries`` and, a bool for each of them,
     ``seen_in_training`` and ``patient_seen_in_training``).
 
