@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from fake_model import make_model, make_slide
+from fake_model import FakeModel, make_model, make_slide
 
 from stfm._errors import DataIntegrityError, InputError, MissingKeyError, StfmError
 from stfm.training.engine import fit
@@ -70,6 +70,20 @@ def test_only_training_slides_fit_the_inputs():
     model = fit(make_model(), slides(), RECIPE, validation=held_out())
     assert model.fitted_on == ["S0", "S1"]
     assert fit(make_model(), slides(), RECIPE, fit_inputs=False).fitted_on == []
+
+
+def test_errors_are_measured_at_the_end_on_what_was_held_out():
+    calls = []
+
+    def calibrate(self, slides, *, held_out):
+        calls.append(([one.slide.name for one in slides], held_out, self.training, self.gene.weight.clone()))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FakeModel, "calibrate", calibrate)
+        model = fit(make_model(), slides(), RECIPE, validation=held_out())
+        fit(make_model(), slides(), RECIPE)
+    assert [call[:3] for call in calls] == [(["V"], True, False), (["S0", "S1"], False, False)]
+    assert torch.equal(calls[0][3], model.gene.weight)  # of the best weights
 
 
 def test_same_seed_same_model_and_the_users_random_numbers_are_left_alone():
