@@ -14,6 +14,7 @@ from stfm._errors import InputError
 from stfm._validate import check_choice
 from stfm.models._slots import build_gene, build_image, check_batch, fit_gene_encoder
 from stfm.models._storm_calibrate import fit_calibration
+from stfm.models._storm_field import LatentField, fit_field
 from stfm.models._storm_fit import fit_image_scale, fit_table, fit_window_regression, keep_scaled_features
 from stfm.models._storm_linear import WindowRegression, window_features
 from stfm.models._storm_spatial import Decoder, Shown, SpatialEncoder, draw_masks
@@ -128,6 +129,7 @@ class STORM(Model):
         self.gene_token = nn.Linear(config.gene_width if self.gene_encoder is None else self.gene_encoder.width, d)
         self.spatial = SpatialEncoder(config)
         self.gene_decoder = Decoder(config, config.gene_width)
+        self.field = LatentField(config.gene_width) if config.joint == "field" else None
         self.align_heads = nn.ModuleDict({name: nn.Linear(d, d) for name in ("image", "gene")})
         self.temperature = Temperature(config.temperature, learned=True)
         self.register_buffer("typical_total", torch.full((), 1e4))
@@ -197,9 +199,11 @@ class STORM(Model):
     def _gene_tokens(self, counts: Tensor, mask: Tensor | None) -> Tensor:
         if self.gene_encoder is not None:
             return self.gene_token(self.gene_encoder(counts, mask))  # type: ignore[no-any-return]
+        return self.gene_token(self._read(counts, mask))  # type: ignore[no-any-return]
+
+    def _read(self, counts: Tensor, mask: Tensor | None) -> Tensor:
         with torch.autocast(counts.device.type, enabled=False):
-            read = self.table.read(counts.float(), mask)
-        return self.gene_token(read)  # type: ignore[no-any-return]
+            return self.table.read(counts.float(), mask)  # type: ignore[no-any-return]
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """Return ``"loss"`` and its parts: ``"image"``, ``"gene"`` (masked), ``"align"``, by the stage.
@@ -285,21 +289,37 @@ class STORM(Model):
 
         Returns
         -------
-        ``joint``: the spot's tokens after the spatial level (one stands in for the other where a modality is absent);
-        ``image``, ``gene``: of one modality alone, in the space where they were aligned; ``niche``: mean of the
-        window's tokens.
+        ``joint``: the spot's tokens after the spatial level (one stands in for the other where a modality is absent),
+        or the latent expression of its surroundings (``joint="field"``); ``image``, ``gene``: of one modality alone, in
+        the space where they were aligned; ``niche``: mean of the window's tokens.
         """
         windows = self.windows(batch)
         shown = windows.shown()
         encoded = self.spatial(windows.tokens, shown, windows.bias)
-        middle = {name: F.normalize(tokens[:, 0], dim=-1) for name, tokens in encoded.items()}
-        pair = [middle.get(name, next(iter(middle.values()))) for name in ("image", "gene")]
-        joint = torch.cat(pair, dim=-1) if self.config.joint == "concat" else pair[0] + pair[1]
+        if self.field is None:
+            middle = {name: F.normalize(tokens[:, 0], dim=-1) for name, tokens in encoded.items()}
+            pair = [middle.get(name, next(iter(middle.values()))) for name in ("image", "gene")]
+            joint = F.normalize(torch.cat(pair, dim=-1) if self.config.joint == "concat" else pair[0] + pair[1], dim=-1)
+        else:
+            joint = self._latent(batch, windows, encoded, self.field)
         apart = {name: F.normalize(self._apart(windows, name), dim=-1) for name in encoded}
         weight = windows.present[..., None].to(windows.xy_um.dtype)
         means = [(tokens * weight).sum(dim=1) / weight.sum(dim=1) for tokens in encoded.values()]
         niche = F.normalize(torch.stack(means).mean(dim=0), dim=-1)
-        return Embedding(F.normalize(joint, dim=-1), apart.get("image"), apart.get("gene"), niche)
+        return Embedding(joint, apart.get("image"), apart.get("gene"), niche)
+
+    def _latent(self, batch: Batch, windows: Windows, encoded: dict[str, Tensor], field: LatentField) -> Tensor:
+        """Return the latent expression that each window shares; the decoder's where none of it was measured.
+
+        A component has the size that it has in expression, the length of its column of gene embeddings.
+        """
+        size = self.table.embedding.norm(dim=0)
+        written = self.gene_decoder(encoded, windows.shown(), windows.bias, middle=True)[:, 0].float()
+        if "gene" not in windows.tokens or batch.counts is None:
+            return size * written  # type: ignore[no-any-return]
+        latent = self._read(batch.counts, batch.gene_mask)
+        shared = field(latent[windows.rows], windows.xy_um, windows.gene)
+        return size * torch.where(windows.gene.any(dim=1, keepdim=True), shared, written)  # type: ignore[no-any-return]
 
     def predict(self, batch: Batch, *, own: bool = False) -> Prediction:
         """Return expected log-normalised expression of every spot, and its deviation.
@@ -335,6 +355,8 @@ class STORM(Model):
         with_counts = [slide for slide in slides if slide.has_gene]
         if with_counts:
             self.typical_total.fill_(fit_table(self.table, with_counts))
+            if self.field is not None:
+                fit_field(self.field, self.table, with_counts)
             if self.gene_encoder is not None:
                 fit_gene_encoder(self.gene_encoder, with_counts, niche=False)
         if self.image is not None:

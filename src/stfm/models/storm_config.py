@@ -11,7 +11,7 @@ from stfm.models._slots import EncoderChoice, as_choice
 from stfm.nn.counts import LIKELIHOODS
 
 STAGES = ("mask", "align")
-JOINTS = ("concat", "mean")
+JOINTS = ("field", "concat", "mean")
 SLIDE_NORMS = ("none", "centre", "standardise")
 #: rows of the ablation table
 ABLATIONS = ("full", "no-neighbours", "no-image", "no-gene", "no-distance", "shared-experts")
@@ -67,7 +67,9 @@ class STORMConfig:
         Share of a closed-form reduced-rank regression on the window's image features in the predicted expression; 0
         leaves it out.
     joint
-        The joint embedding: both tokens of the spot side by side (``"concat"``) or their ``"mean"``.
+        The joint embedding: both tokens of the spot after the spatial level side by side (``"concat"``) or their
+        ``"mean"``; or ``"field"``: the latent expression that the window shares, each component averaged as far as it
+        reaches (:class:`~stfm.models._storm_field.LatentField`), written by the decoder where nothing was measured.
     ablation
         ``"full"``; ``"no-neighbours"``: windows of one spot; ``"no-image"``, ``"no-gene"``: one modality;
         ``"no-distance"``: no distance bias; ``"shared-experts"``.
@@ -170,6 +172,7 @@ class STORMConfig:
 
 #: What was measured to help models that are trained from scratch on a few slides (docs/decisions.md).
 _LIGHT: dict[str, Any] = {
+    "joint": "field",
     "image": EncoderChoice("handcrafted"),
     "contexts_um": (112.0, 224.0, 448.0),
     "slide_norm": "standardise",

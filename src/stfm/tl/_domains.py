@@ -27,7 +27,7 @@ def spatial_domains(
     adata: AnnData,
     n_domains: int,
     *,
-    method: Literal["gmm", "kmeans", "leiden"] = "gmm",
+    method: Literal["gmm", "consensus", "kmeans", "leiden"] = "gmm",
     refine: Refine = False,
     smooth_rings: int = 0,
     use_rep: str = EMBEDDING,
@@ -53,8 +53,8 @@ def spatial_domains(
     n_domains
         Number of domains.
     method
-        ``"gmm"`` (Gaussian mixture with one covariance), ``"kmeans"``, or ``"leiden"`` with its resolution found by
-        bisection.
+        ``"gmm"`` (Gaussian mixture with one covariance), ``"consensus"`` (votes of many such mixtures, which moves
+        least with the seed), ``"kmeans"``, or ``"leiden"`` with its resolution found by bisection.
     refine
         ``"majority"`` (or True) gives each spot the domain of most of its neighbours: those of the niche table where
         :func:`stfm.pp.build_niches` made one, else the first ring around the spot. It helps where domains are many
@@ -68,7 +68,7 @@ def spatial_domains(
     n_components
         Principal components of the embedding that are kept; None for all.
     n_init
-        Random starts of ``"gmm"`` and ``"kmeans"``.
+        Random starts of ``"gmm"``, ``"consensus"`` and ``"kmeans"``.
     library_key
         Column of ``obs`` that names the library of a spot; found when there is only one candidate.
     spatial_key

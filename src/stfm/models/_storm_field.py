@@ -1,0 +1,162 @@
+"""STORM's latent expression as a field over the tissue: each component is averaged as far as it reaches."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from stfm.slide.niches import knn
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from stfm.models.inputs import SlideInputs
+    from stfm.nn.gene_table import GeneTable
+
+__all__ = ["LatentField", "fit_field"]
+
+#: neighbours whose products with a spot tell how far a component reaches: four rings of a hexagonal lattice
+_NEIGHBOURS = 60
+#: a covariance is taken at distances up to so many pitches
+_LAGS = 4
+#: ranges that are tried, in pitches
+_RANGES = np.geomspace(0.7, 40.0, 40)
+#: least share of a component's variance that is noise, which keeps the systems well posed
+_NOISE = 0.02
+#: variance, in units of the component's, of a place that was not measured
+_UNSEEN = 1e6
+#: spots of a slide that are read, those around its middle where there are more
+_MAX_SPOTS = 20_000
+_BATCH = 256
+
+
+class LatentField(nn.Module):
+    """Best linear prediction of what neighbours share of each latent component (simple kriging).
+
+    A component of the latent expression is a field over the tissue plus what a spot has for itself (counting noise,
+    single cells): ``Cov(u(s), u(t)) = sill exp(-|s - t| / range)`` between two spots, and ``total`` at one. A component
+    that reaches far (layers of a cortex) is averaged over the window, one that changes from spot to spot is left as it
+    is, and one without a field vanishes. No labels and no number of rings enter.
+
+    Parameters
+    ----------
+    width
+        Number of components.
+    """
+
+    sill: Tensor
+    total: Tensor
+    reach_um: Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.register_buffer("sill", torch.zeros(width))
+        self.register_buffer("total", torch.ones(width))
+        self.register_buffer("reach_um", torch.ones(width))
+
+    def fit(self, latents: Sequence[NDArray[np.floating]], coords: Sequence[NDArray[np.floating]]) -> None:
+        """Learn sill and range of each component from slides.
+
+        The sill is what the covariance of neighbours says of distance 0, so that what a spot shares with none of them
+        does not count; it is fitted by least squares, weighted by pairs of spots.
+
+        Parameters
+        ----------
+        latents
+            Components of all spots of each slide, ``(n, e)``.
+        coords
+            Their coordinates, the same unit as later in windows.
+        """
+        lags: list[NDArray[np.float64]] = []
+        variance = np.zeros(latents[0].shape[1])
+        for values, places in zip(latents, coords, strict=True):
+            centred = np.asarray(values, dtype=np.float64) - np.mean(values, axis=0, dtype=np.float64)
+            variance += (centred**2).sum(axis=0)
+            lags.append(_covariances(centred, np.asarray(places, dtype=np.float64)))
+        total = np.maximum(variance / sum(map(len, latents)), 1e-12)
+        sill, reach = _fit_exponential(np.concatenate(lags), total)
+        for buffer, found in ((self.sill, sill), (self.total, total), (self.reach_um, reach)):
+            buffer.copy_(torch.from_numpy(found))
+
+    def forward(self, latent: Tensor, xy_um: Tensor, seen: Tensor) -> Tensor:
+        """Return the field at the first place of each window, ``(b, e)``.
+
+        Parameters
+        ----------
+        latent
+            Components in each place of the windows, ``(b, w, e)``.
+        xy_um
+            Coordinates, ``(b, w, 2)`` or ``(b, w, 3)``.
+        seen
+            Which places were measured, bool ``(b, w)``; the others have no say.
+        """
+        with torch.autocast(latent.device.type, enabled=False):
+            xy = xy_um.float()
+            distance = torch.cdist(xy, xy, compute_mode="donot_use_mm_for_euclid_dist")
+            shared = self.sill[:, None, None] * torch.exp(-distance[:, None] / self.reach_um[:, None, None])
+            own = (self.total - self.sill).clamp_min(0.0)[None, :, None] + self.total[None, :, None] * (
+                _UNSEEN * (~seen)[:, None, :].float()
+            )
+            weights = torch.linalg.solve(shared + torch.diag_embed(own), shared[:, :, :, 0])
+            values = torch.where(seen[..., None], latent.float(), 0.0)
+            return torch.einsum("bew,bwe->be", weights, values)
+
+
+def _covariances(values: NDArray[np.float64], coords: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return rows of (mean distance, pairs, pitch, mean product of each component), one for each whole pitch."""
+    table = knn(coords, min(_NEIGHBOURS, len(coords) - 1))
+    nearest = table.distance[:, 0]
+    pitch = float(np.median(nearest[np.isfinite(nearest)]))
+    lag = np.rint(np.where(np.isfinite(table.distance), table.distance, 0.0) / max(pitch, 1e-9)).astype(np.int64)
+    lag[table.index < 0] = 0
+    rows = []
+    for step in range(1, _LAGS + 1):
+        i, k = np.nonzero(lag == step)
+        if len(i):
+            product = np.einsum("ij,ij->j", values[i], values[table.index[i, k]]) / len(i)
+            rows.append([float(table.distance[i, k].mean()), float(len(i)), pitch, *product])
+    return np.array(rows).reshape(-1, values.shape[1] + 3)
+
+
+def _fit_exponential(
+    lags: NDArray[np.float64], total: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return sill and range of each component; the range is found on a grid, the sill to it in closed form."""
+    if not len(lags):
+        return np.zeros_like(total), np.ones_like(total)
+    distance, pairs, covariance = lags[:, 0], lags[:, 1], lags[:, 3:]
+    ranges = _RANGES * np.average(lags[:, 2], weights=pairs)
+    basis = np.exp(-distance[None] / ranges[:, None])
+    weighted = basis * pairs
+    sills = (weighted @ covariance) / (weighted * basis).sum(axis=1, keepdims=True)
+    sills = np.clip(sills, 0.0, (1 - _NOISE) * total)
+    left = covariance[None] - sills[:, None] * basis[..., None]
+    best = (pairs[None, :, None] * left**2).sum(axis=1).argmin(axis=0)
+    return sills[best, np.arange(len(total))], ranges[best]
+
+
+@torch.no_grad()
+def fit_field(field: LatentField, table: GeneTable, slides: Sequence[SlideInputs]) -> None:
+    """Learn how far the components that a gene table reads reach on the training slides."""
+    latents, coords = [], []
+    device = table.embedding.device
+    for slide in slides:
+        places = slide.slide.coords
+        middle = np.linalg.norm(places - np.median(places, axis=0), axis=1)
+        index = np.sort(np.argsort(middle, kind="stable")[:_MAX_SPOTS])
+        if len(index) < 2:
+            continue
+        parts = []
+        for start in range(0, len(index), _BATCH):
+            batch = slide.spots(index[start : start + _BATCH]).to(device)
+            if batch.counts is not None:
+                parts.append(table.read(batch.counts, batch.gene_mask).cpu())
+        latents.append(torch.cat(parts).numpy())
+        coords.append(places[index])
+    if latents:
+        field.fit(latents, coords)
