@@ -26,7 +26,7 @@ def _tissue(side: int = 18, noise: float = 1.0, seed: int = 0) -> ad.AnnData:
     return adata
 
 
-@pytest.mark.parametrize("method", ["gmm", "kmeans", "leiden"])
+@pytest.mark.parametrize("method", ["gmm", "consensus", "kmeans", "leiden"])
 def test_finds_the_stripes(method: str):
     adata = _tissue()
     assert tl.spatial_domains(adata, 3, method=method) is None
@@ -164,3 +164,15 @@ def test_rings_without_a_lattice_and_without_neighbours():
     assert first[:30, 30:].nnz == 0
     (alone,) = ring_graphs([[0.0, 0.0]], 1)
     np.testing.assert_array_equal(ring_means(np.array([[3.0]]), alone), [[3.0]])
+
+
+def test_consensus_moves_less_with_the_seed_than_a_single_start():
+    rng = np.random.default_rng(0)
+    embedding = rng.normal(size=(300, 12)) * np.geomspace(3, 0.5, 12)  # no clusters: every start ends elsewhere
+    agreement = {}
+    for method in ("gmm", "consensus"):
+        found = [cluster(embedding, 4, method=method, n_init=1 if method == "gmm" else 6, rng=s) for s in range(4)]
+        agreement[method] = np.mean([metrics.ari(found[0].astype(str), other) for other in found[1:]])
+    assert agreement["gmm"] + 0.1 < agreement["consensus"]
+    twice = [cluster(embedding, 4, method="consensus", n_init=2, rng=3) for _ in range(2)]
+    np.testing.assert_array_equal(*twice)
