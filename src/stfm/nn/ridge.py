@@ -24,6 +24,10 @@ ALPHAS = tuple(float(a) for a in 10.0 ** np.arange(-2.0, 3.01, 0.25))
 RULES = ("best", "one_se")
 
 _BLOCKS = 5
+#: a larger matrix is not decomposed whole: its leading part is found by subspace iteration
+_LARGE = 3000
+_ITERATIONS = 20
+_OVERSAMPLING = 64
 _FLAT = 1e-6
 
 Fold = tuple["NDArray[np.int64]", "NDArray[np.int64]"]
@@ -101,10 +105,21 @@ class Basis:
 
 def _leading(gram: NDArray[np.float64], n_components: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return the leading eigenvalues and eigenvectors of a Gram matrix, those without variance left out."""
-    values, vectors = np.linalg.eigh(gram)
+    values, vectors = np.linalg.eigh(gram) if len(gram) <= _LARGE else _subspace(gram, n_components)
     kept = min(n_components, max(int((values > 1e-6 * values[-1]).sum()), 1))
     order = np.arange(len(values))[::-1][:kept]
     return np.maximum(values[order], 1e-12), vectors[:, order]
+
+
+def _subspace(gram: NDArray[np.float64], n_components: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return leading eigenvalues (rising) and eigenvectors; seeded, each step in 32 bits, the last in 64."""
+    single = gram.astype(np.float32)
+    basis = np.random.default_rng(0).normal(size=(len(gram), n_components + _OVERSAMPLING)).astype(np.float32)
+    for _ in range(_ITERATIONS):
+        basis = np.linalg.qr(single @ basis)[0]
+    exact = np.linalg.qr(basis.astype(np.float64))[0]
+    values, turn = np.linalg.eigh(exact.T @ (gram @ exact))
+    return values, exact @ turn
 
 
 def held_out(sizes: Sequence[int], coords: Sequence[NDArray[np.float64]] | None = None) -> list[Fold]:

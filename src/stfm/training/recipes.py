@@ -188,6 +188,7 @@ RECIPES: dict[str, Recipe] = {
     ),
     "storm-small": Recipe(
         epochs=12,
+        max_steps=300,
         batch_size=64,
         lr=1e-3,
         weight_decay=0.05,
