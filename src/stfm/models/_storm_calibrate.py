@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,6 +23,8 @@ _MAX_SPOTS = 4000
 #: spots below which the errors of a gene say nothing by themselves
 _FEWEST = 20
 _LIMITS = (0.1, 10.0)
+#: least variance of latent expression around what is expected
+_LEAST = 0.05
 
 
 @torch.no_grad()
@@ -73,6 +75,30 @@ def fit_calibration(
         factor = torch.maximum(factor, linear.deviation.cpu().double() / typical)
     factor[~enough] = factor[enough].median()
     return factor.clamp(*_LIMITS).float()
+
+
+@torch.no_grad()
+def fit_expected_variance(model: Any, slides: Sequence[SlideInputs]) -> Tensor:
+    """Return the mean square of latent expression around what is expected from H&E and neighbours, ``(e,)``.
+
+    Of the latent expression that the gene table reads from a spot's own counts; at most 1, the variance that the table
+    gives it to begin with.
+    """
+    slides = [slide for slide in slides if slide.has_gene]
+    share = min(1.0, _MAX_SPOTS / sum(slide.n_obs for slide in slides))
+    squares, n = torch.zeros(model.config.gene_width, dtype=torch.float64), 0
+    for slide in slides:
+        chosen = np.unique(np.linspace(0, slide.n_obs - 1, max(2, int(share * slide.n_obs))).astype(np.int64))
+        for start in range(0, len(chosen), _BATCH):
+            batch = slide.batch(chosen[start : start + _BATCH]).to(model.calibration.device)
+            windows, counts = model.windows(batch), batch.counts
+            if counts is None:
+                continue
+            rows = windows.rows[:, 0]
+            read = model.latent(counts[rows], None if batch.gene_mask is None else batch.gene_mask[rows])
+            squares += (read - model.expected(windows)).square().sum(dim=0).double().cpu()
+            n += len(rows)
+    return (squares / max(n, 1)).clamp(_LEAST, 1.0).float()
 
 
 def _errors(model: Model, slide: SlideInputs, index: NDArray[np.int64]) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from stfm._errors import InputError
 from stfm._validate import check_choice
 from stfm.models._slots import build_gene, build_image, check_batch, fit_gene_encoder
-from stfm.models._storm_calibrate import fit_calibration
+from stfm.models._storm_calibrate import fit_calibration, fit_expected_variance
 from stfm.models._storm_field import LatentField, fit_field
 from stfm.models._storm_fit import fit_image_scale, fit_table, fit_window_regression, keep_scaled_features
 from stfm.models._storm_linear import WindowRegression, window_features
@@ -106,6 +106,7 @@ class STORM(Model):
     config: STORMConfig
     typical_total: Tensor
     calibration: Tensor
+    expected_variance: Tensor
 
     def __init__(self, config: STORMConfig, vocabulary: Vocabulary | None, *, pretrained: bool = True) -> None:
         super().__init__(config, vocabulary, pretrained=pretrained)
@@ -134,6 +135,8 @@ class STORM(Model):
         self.temperature = Temperature(config.temperature, learned=True)
         self.register_buffer("typical_total", torch.full((), 1e4))
         self.register_buffer("calibration", torch.ones(n_genes))
+        # Of latent expression around what H&E and neighbours tell of it; 1 is that of the table itself.
+        self.register_buffer("expected_variance", torch.ones(config.gene_width))
         self.stage = "mask"
 
     @property
@@ -199,9 +202,10 @@ class STORM(Model):
     def _gene_tokens(self, counts: Tensor, mask: Tensor | None) -> Tensor:
         if self.gene_encoder is not None:
             return self.gene_token(self.gene_encoder(counts, mask))  # type: ignore[no-any-return]
-        return self.gene_token(self._read(counts, mask))  # type: ignore[no-any-return]
+        return self.gene_token(self.latent(counts, mask))  # type: ignore[no-any-return]
 
-    def _read(self, counts: Tensor, mask: Tensor | None) -> Tensor:
+    def latent(self, counts: Tensor, mask: Tensor | None) -> Tensor:
+        """Return the latent expression that the gene table reads from counts, ``(n, e)``."""
         with torch.autocast(counts.device.type, enabled=False):
             return self.table.read(counts.float(), mask)  # type: ignore[no-any-return]
 
@@ -317,7 +321,7 @@ class STORM(Model):
         written = self.gene_decoder(encoded, windows.shown(), windows.bias, middle=True)[:, 0].float()
         if "gene" not in windows.tokens or batch.counts is None:
             return size * written  # type: ignore[no-any-return]
-        latent = self._read(batch.counts, batch.gene_mask)
+        latent = self.latent(batch.counts, batch.gene_mask)
         shared = field(latent[windows.rows], windows.xy_um, windows.gene)
         return size * torch.where(windows.gene.any(dim=1, keepdim=True), shared, written)  # type: ignore[no-any-return]
 
@@ -332,19 +336,35 @@ class STORM(Model):
             Whether the counts of the spot itself may be used (denoising), or those of its neighbours alone.
         """
         windows = self.windows(batch)
-        shown = windows.shown()
-        if not own:
-            shown.gene[:, 0] = False
-        encoded = self.spatial(windows.tokens, shown, windows.bias)
-        u = self.gene_decoder(encoded, shown, windows.bias, middle=True)[:, 0].float()
+        u = self.expected(windows)
+        used = own and "gene" in windows.tokens and batch.counts is not None
+        if used:
+            u = self._updated(batch, windows, u)
         with torch.autocast(u.device.type, enabled=False):
             written = self.table.write(u)
             mean, variance = self.table.moments(written, self.typical_total)
         blend = self.config.linear_blend
-        if self.linear is not None and bool(self.linear.fitted) and windows.features is not None:
+        if self.linear is not None and bool(self.linear.fitted) and windows.features is not None and not used:
             seen = window_features(windows.features[windows.rows], windows.xy_um, windows.present)
             mean = (1 - blend) * mean + blend * self.linear(seen)
         return Prediction(mean, variance.sqrt() * self.calibration)
+
+    def expected(self, windows: Windows) -> Tensor:
+        """Return the latent expression of each middle as H&E and the counts of its neighbours tell it, ``(b, e)``."""
+        others = windows.gene.clone()
+        others[:, 0] = False
+        shown = Shown(windows.present, windows.image, others)
+        encoded = self.spatial(windows.tokens, shown, windows.bias)
+        return self.gene_decoder(encoded, shown, windows.bias, middle=True)[:, 0].float()  # type: ignore[no-any-return]
+
+    def _updated(self, batch: Batch, windows: Windows, expected: Tensor) -> Tensor:
+        """Return the same after each spot's own counts were looked at, where they were measured."""
+        rows = windows.rows[:, 0]
+        counts = cast("Tensor", batch.counts)[rows].float()
+        mask = None if batch.gene_mask is None else batch.gene_mask[rows]
+        with torch.autocast(expected.device.type, enabled=False):
+            moved = self.table.update(expected, self.expected_variance, counts, mask)
+        return torch.where(windows.gene[:, :1], moved, expected)
 
     def written_genes(self) -> NDArray[np.bool_]:
         """Return which genes were measured on a training slide, bool ``(G,)``."""
@@ -370,6 +390,7 @@ class STORM(Model):
         factor = fit_calibration(self, slides, held_out=held_out, linear=self.linear)
         if factor is not None:
             self.calibration.copy_(factor)
+            self.expected_variance.copy_(fit_expected_variance(self, slides))
 
     def ready(self, slides: Sequence[SlideInputs]) -> None:
         """Scale the features of frozen encoders once instead of in every batch."""

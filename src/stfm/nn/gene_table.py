@@ -148,6 +148,33 @@ class GeneTable(nn.Module):
         system = kept.T @ kept + self.noise * torch.eye(self.width, device=kept.device)
         return torch.linalg.solve(system, kept.T).T  # type: ignore[no-any-return]
 
+    def update(self, expected: Tensor, variance: Tensor, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Return u of spots whose own counts are measured, from what was expected of them: Bayes' rule.
+
+        With ``u ~ N(expected, variance)`` before the spot is looked at, its measured genes move it by
+        ``(EᵀE / noise + 1 / variance)⁻¹ Eᵀ (z - E expected) / noise``.
+
+        Parameters
+        ----------
+        expected
+            u as its surroundings tell it, ``(b, e)``.
+        variance
+            Of u around that, a component, ``(e,)``.
+        x, mask
+            Log-normalised expression of the spots and which genes were measured, ``(b, G)``.
+        """
+        z = self.standardise(x, mask) * self.known
+        panels, which = _panels(mask, len(x), self.known)
+        moved = expected.clone()
+        for i, panel in enumerate(panels):
+            rows = (which == i).nonzero().squeeze(1)
+            kept = (self.embedding * panel[:, None]).float()
+            system = kept.T @ kept + torch.diag(self.noise / variance.clamp_min(1e-6))
+            gain = torch.linalg.solve(system, kept.T).T
+            surprise = (z[rows] - expected[rows] @ kept.T) * panel
+            moved = moved.index_add(0, rows, surprise @ gain)
+        return moved
+
     def write(self, u: Tensor, genes: Tensor | None = None) -> Tensor:
         """Return ``<u, e_g>`` in the units of the likelihood, ``(..., G)``: log rates, or log-normalised values."""
         if genes is None:
