@@ -99,7 +99,9 @@ class TestMasks:
         shown = draw_masks(there, there, there, n_visible=5, cross_share=0.5)
         cross = shown.image.all(dim=1)
         assert float(cross.float().mean()) == pytest.approx(0.5, abs=0.04)
-        assert set(shown.gene[cross].sum(dim=1).tolist()) == {0, 1, 2, 3, 4, 5}
+        n_shown = shown.gene[cross].sum(dim=1)
+        assert set(n_shown.tolist()) == set(range(26))  # from none to all, few more often
+        assert float((n_shown <= 5).float().mean()) == pytest.approx((6 / 26) ** 0.5, abs=0.04)
         assert shown.gene[~cross].sum(dim=1).eq(5).all()
         assert shown.image[~cross].sum(dim=1).eq(5).all()
 

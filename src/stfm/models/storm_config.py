@@ -51,8 +51,8 @@ class STORMConfig:
     n_visible
         Spots of a window that stay visible, in each modality by itself.
     cross_share
-        Share of the windows that show all of H&E and the counts of up to ``n_visible`` spots instead, as prediction
-        from H&E does; 0 is the paper's masking.
+        Share of the windows that show all of H&E and the counts of any number of spots instead, as prediction from H&E
+        and in the context of measured spots does; 0 is the paper's masking.
     max_genes
         Genes drawn for the expression loss of a step; all where there are fewer.
     decoder_depth
