@@ -76,7 +76,7 @@ def fit_window_regression(linear: WindowRegression, image: ImageTokens, slides: 
     if not shown or not image.encoder.frozen:
         return
     share = min(1.0, _MAX_SPOTS / sum(slide.n_obs for slide in shown))
-    x, y, coords = [], [], []
+    x, y, there, coords = [], [], [], []
     for slide in shown:
         index = _evenly(slide.n_obs, share)
         scaled = image.scaled(_raw(image, slide, np.arange(slide.n_obs)))
@@ -85,8 +85,16 @@ def fit_window_regression(linear: WindowRegression, image: ImageTokens, slides: 
         xy = torch.from_numpy(slide.slide.coords.astype(np.float32))
         x.append(window_features(scaled[rows], xy[rows], window >= 0))
         y.append(torch.from_numpy(slide.expression(index)))
+        there.append(torch.from_numpy(slide.measured_genes).expand(len(index), -1))
         coords.append(slide.slide.coords[index])
-    linear.fit(x, y, coords)
+    linear.fit(x, _filled(y, there), coords)
+
+
+def _filled(y: list[Tensor], there: list[Tensor]) -> list[Tensor]:
+    """Put the mean of the spots that measured a gene where it was not measured, so that it pulls nowhere."""
+    measured = torch.cat(there).to(y[0].dtype)
+    mean = (torch.cat(y) * measured).sum(dim=0) / measured.sum(dim=0).clamp_min(1.0)
+    return [torch.where(kept, part, mean) for part, kept in zip(y, there, strict=True)]
 
 
 def _evenly(n: int, share: float) -> NDArray[np.int64]:

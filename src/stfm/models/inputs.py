@@ -328,6 +328,14 @@ class SlideInputs:
             self._moments[level] = (mean, np.where(flat, np.float32(1.0), deviation))
         return self._moments[level]
 
+    @property
+    def measured_genes(self) -> NDArray[np.bool_]:
+        """Which genes of the vocabulary the slide measured, bool ``(G,)``."""
+        if self.match is None:
+            msg = f"slide {self.slide.name!r} has no counts."
+            raise InputError(msg)
+        return np.asarray(self.match.mask, dtype=bool)
+
     def _gene_mask(self, n: int) -> torch.Tensor | None:
         if self.match is None or self.match.n_matched == self.match.n_vocabulary:
             return None
