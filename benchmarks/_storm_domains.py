@@ -7,6 +7,7 @@ chosen on 151673, 151674, B1, H1 and toy tissue; 151675, G2 and the bulb are sco
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +38,7 @@ CLUSTER: Mapping[str, Any] = {"method": "consensus", "n_init": 6}
 RECIPE = RECIPES["storm-small"].replace(max_steps=100)
 CORTEX_UM = (448.0, 1120.0)
 RESULTS = Path(__file__).parent / "results"
+RENAMED = {"image only (handcrafted)": "H&E alone (handcrafted features)", "ST-Align": "ST-Align, zero-shot"}
 
 
 @dataclass(frozen=True)
@@ -76,11 +78,11 @@ def domain_table(data: Path, seeds: Sequence[int], save: Save) -> pd.DataFrame:
     Rows with STORM come first for all seeds, then the ablations seed by seed.
     """
     slides = read_slides(data)
-    parts = [st_align_scores()]
+    parts = [recorded_scores()]
     for rows in (storm_rows(), ablation_rows()):
         for seed in seeds:
             for name, adata in slides.items():
-                if rows.keys() == storm_rows().keys():
+                if rows.keys() == storm_rows().keys() and name not in SETS["DLPFC"]:
                     parts.append(_simple(name, adata, seed))
                 for title, row in rows.items():
                     parts.append(_learned(slides, name, title, row, seed))
@@ -118,12 +120,7 @@ def _slide(name: str, adata: Any) -> Slide:
 
 def _simple(name: str, adata: Any, seed: int) -> pd.DataFrame:
     """Rows that need no training."""
-    rows = simple.simple_rows()
-    if name in SETS["DLPFC"]:
-        from st_align import image_embedding
-
-        rows["H&E alone (handcrafted features)"] = simple.DomainRow(image_embedding)
-    return simple.run_domains({name: adata}, rows, n_domains=n_domains(adata), seeds=[seed])
+    return simple.run_domains({name: adata}, simple.simple_rows(), n_domains=n_domains(adata), seeds=[seed])
 
 
 def n_domains(adata: Any) -> int:
@@ -173,14 +170,18 @@ def _learned(slides: Mapping[str, Any], name: str, title: str, row: Storm, seed:
     )
 
 
-def st_align_scores() -> pd.DataFrame:
-    """ST-Align trained on the other sections, as its own benchmark has it (benchmarks/st_align.py)."""
+def recorded_scores() -> pd.DataFrame:
+    """Rows of other runs: cortex by simple rows and ST-Align (benchmarks/st_align.py), and peers (benchmarks/peers)."""
+    parts = []
     path = RESULTS / "st_align_domains.json"
-    if not path.exists():
-        return pd.DataFrame()
-    scores = pd.DataFrame(json.loads(path.read_text("utf-8"))["scores"])
-    chosen = scores[(scores["mode"] == "zero-shot") & (scores["row"] == "ST-Align")]
-    return chosen.drop(columns="mode").assign(row="ST-Align, zero-shot")
+    if path.exists():
+        scores = pd.DataFrame(json.loads(path.read_text("utf-8"))["scores"])
+        learned = (scores["mode"] == "zero-shot") & (scores["row"] == "ST-Align")
+        parts.append(scores[(scores["mode"] == "no training") | learned].replace({"row": RENAMED}))
+    path = RESULTS / "storm_domains_peers.json"
+    if path.exists():
+        parts.append(pd.DataFrame(json.loads(path.read_text("utf-8"))["scores"]))
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
 
 
 def show(scores: pd.DataFrame) -> str:
@@ -210,3 +211,17 @@ def _cell(one: Any) -> str:
 def _over(found: Mapping[str, Any], group: str, how: Callable[[list[float]], Any]) -> str:
     means = [found[name]["mean"] for name in SETS[group] if name in found]
     return f"{how(means):.3f}" if len(means) == len(SETS[group]) else ""
+
+
+def export(data: Path, folder: Path) -> None:
+    """Write the slides as h5ad for packages that run elsewhere: counts, labels and coordinates."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, adata in read_slides(data).items():
+        one = adata.copy()
+        one.uns, one.varm, one.obsm = {}, {}, {"spatial": adata.obsm["spatial"]}
+        one.obs = one.obs[["label"]].astype(str).astype("category")
+        one.write_h5ad(folder / f"{name}.h5ad")
+
+
+if __name__ == "__main__":
+    export(*map(Path, sys.argv[1:3]))
