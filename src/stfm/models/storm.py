@@ -207,7 +207,7 @@ class STORM(Model):
     def latent(self, counts: Tensor, mask: Tensor | None) -> Tensor:
         """Return the latent expression that the gene table reads from counts, ``(n, e)``."""
         with torch.autocast(counts.device.type, enabled=False):
-            return self.table.read(counts.float(), mask)  # type: ignore[no-any-return]
+            return self.table.read(counts.float(), mask)
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """Return ``"loss"`` and its parts: ``"image"``, ``"gene"`` (masked), ``"align"``, by the stage.
