@@ -38,7 +38,7 @@ CLUSTER: Mapping[str, Any] = {"method": "consensus", "n_init": 6}
 RECIPE = RECIPES["storm-small"].replace(max_steps=100)
 CORTEX_UM = (448.0, 1120.0)
 RESULTS = Path(__file__).parent / "results"
-NOTE = """Goals of one setting for all slides: ARI .62 on DLPFC (median, no section below .50), .42 on her2st (mean), .65
+NOTE = """Goals of one setting for all slides: ARI .62 on DLPFC (median, none below .50), .42 on her2st (mean), .65
 on rep11. Settings were chosen on 151673, 151674, B1, H1 and toy tissue; 151675, G2 and rep11 were scored and no more.
 The column of seeds is the largest number of a row; its slides may have fewer. Simple rows and ST-Align on DLPFC are
 those of st_align_domains. Peers come from benchmarks/peers; a slide without a number was not run."""
