@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
+from fake_model import make_model
 from hypothesis import given
 from hypothesis import strategies as st
 
 from stfm._errors import InputError, WrongTypeError
+from stfm.models.registry import create, nearest_name
+from stfm.slide.genes import Vocabulary
 from stfm.training.recipes import RECIPES, Recipe, recipe_for, resolve_recipe
 
 
@@ -88,3 +92,33 @@ def test_a_number_must_be_one():
 @pytest.mark.parametrize(("warmup", "total", "steps"), [(0.1, 100, 10), (20, 100, 20), (200, 100, 99), (0.5, 1, 0)])
 def test_warmup_leaves_a_step(warmup, total, steps):
     assert Recipe(warmup=warmup).warmup_steps(total) == steps
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "preset"),
+    [
+        ("storm-tiny", {}, "storm-small"),
+        ("storm-small", {"window": 9}, "storm-small"),
+        ("storm-multibranch-small", {"width": 64}, "storm-multibranch-small"),
+        ("st-align-tiny", {}, "tiny"),
+        ("plip", {}, "contrastive"),
+    ],
+)
+def test_a_model_that_goes_on_keeps_the_recipe_of_its_size(name, changes, preset):
+    model = create(name, Vocabulary(np.array(["A", "B", "C"])), pretrained=False, **changes)
+    assert nearest_name(model.config) == name
+    assert resolve_recipe(None, model) == RECIPES[preset]
+
+
+def test_a_trained_model_goes_on_with_the_recipe_that_it_was_trained_with():
+    model = create("storm-tiny", Vocabulary(np.array(["A", "B", "C"])))
+    mine = Recipe(epochs=7, max_steps=9, lr=3e-3, precision="bf16", tune="head")
+    model.seen.recipe = mine.to_dict()
+    assert resolve_recipe(None, model) == mine.replace(precision="auto", tune="full")
+    assert resolve_recipe(None, model, lr=1e-4, tune="lora").tune == "lora"
+    assert resolve_recipe("storm", model).epochs == 1000
+
+
+def test_a_model_that_is_not_registered_has_the_recommended_recipe():
+    assert nearest_name(Recipe()) == ""
+    assert resolve_recipe(None, make_model()) == RECIPES["recommended"]

@@ -122,6 +122,23 @@ def load(folder: str | Path) -> Model:
     return MODELS.get(family).factory.load(folder)
 
 
+def nearest_name(config: Any) -> str:
+    """Return the registered name whose configuration is nearest: fewest fields differ; "" where there is none.
+
+    Parameters
+    ----------
+    config
+        Configuration of a model.
+    """
+
+    def different(spec: ModelSpec) -> int:
+        other = spec.config()
+        return sum(getattr(config, f.name) != getattr(other, f.name) for f in fields(config))
+
+    same = [spec for spec in MODELS if type(config) is spec.factory.config_class]
+    return min(same, key=different).name if same else ""
+
+
 def list_models() -> pd.DataFrame:
     """Return the models that :func:`create` makes.
 

@@ -14,7 +14,7 @@ from stfm._keys import SPATIAL
 from stfm._validate import check_choice, resolve_rng
 from stfm.inference.features import use_frozen_features
 from stfm.models.base import Model
-from stfm.models.registry import create, load
+from stfm.models.registry import create, load, nearest_name
 from stfm.slide.read import as_slides
 from stfm.training.engine import fit_stages, resolve_accelerator, resolve_precision
 from stfm.training.genes import make_vocabulary
@@ -86,7 +86,8 @@ def train(
         What a new model reads: a number of the most variable genes of the training slides, ``"all"``, or their names.
     recipe
         A ``stfm.training.recipes.Recipe``, or a preset's name (``"recommended"``, ``"paper"``, ``"small"``,
-        ``"tiny"``, ``"contrastive"``); the one that fits the model by default.
+        ``"tiny"``, ``"storm"``, ``"storm-small"``, ``"storm-multibranch"``, ``"storm-multibranch-small"``,
+        ``"contrastive"``). By default the one that a model to go on from was trained with, or that fits a new one.
     epochs, batch_size, lr, patience, precision
         Changes to the recipe: passes over the data, spots in a batch and device, highest learning rate, epochs without
         a better validation loss after which to stop, ``"auto"``, ``"fp32"`` or ``"bf16"``.
@@ -148,10 +149,11 @@ def train(
         patient_key=patient_key,
     )  # fmt: skip
     kind = resolve_accelerator(accelerator, devices)
-    start, name = _start(model, init, config)
+    start = _start(model, init, config)
     plan = resolve_recipe(
-        recipe, name, epochs=epochs, batch_size=batch_size, lr=lr, patience=patience, precision=precision
-    )
+        recipe, _named(model, start), epochs=epochs, batch_size=batch_size, lr=lr, patience=patience,
+        precision=precision,
+    )  # fmt: skip
     kept, held = split_slides(slides, validation, fraction=plan.validation_fraction, seed=seed)
     _check_size(kept)
     if plan.patience is not None and not held:
@@ -181,21 +183,27 @@ def _stages(model: Model, stage: str | None) -> tuple[str | None, ...]:
     return (check_choice("stage", stage, (*model.stages, "both")),)
 
 
-def _start(model: Any, init: Model | str | Path | None, config: Mapping[str, Any] | None) -> tuple[Model | None, str]:
-    """Return the model to go on from, if there is one, and the name by which a recipe is found."""
+def _start(model: Any, init: Model | str | Path | None, config: Mapping[str, Any] | None) -> Model | None:
+    """Return the model to go on from, if there is one."""
     source = init if init is not None else model if isinstance(model, Model) else None
     if source is None:
-        return None, model if isinstance(model, str) else ""
+        return None
     if config:
         msg = "config= changes a new model; a model to go on from keeps the configuration that it has."
         raise InputError(msg)
     if isinstance(source, Model):
-        return copy.deepcopy(source), source.family
+        return copy.deepcopy(source)
     if not isinstance(source, (str, Path)):
         msg = f"init must be a model or the folder of a saved one, got {type(source).__name__}."
         raise WrongTypeError(msg)
-    loaded = load(source)
-    return loaded, loaded.family
+    return load(source)
+
+
+def _named(model: Any, start: Model | None) -> str | Model:
+    """Return that by which a recipe is found: the model to go on from, or the name of a new one."""
+    if start is not None:
+        return start
+    return model if isinstance(model, str) else nearest_name(model)
 
 
 def _create(model: Any, slides: Sequence[Slide], genes: Genes, config: Mapping[str, Any] | None, seed: int) -> Model:

@@ -6,21 +6,26 @@ import dataclasses
 import json
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from stfm._errors import InputError
 from stfm._validate import check_choice, check_count, check_positive, check_range, did_you_mean
+from stfm.models.registry import nearest_name
 
-__all__ = ["RECIPES", "Recipe", "recipe_for", "resolve_recipe"]
+if TYPE_CHECKING:
+    from stfm.models.base import Model
+
+__all__ = ["RECIPES", "Recipe", "recipe_for", "recipe_of", "resolve_recipe"]
 
 _CHOICES = {
     "optimizer": ("adamw", "adam"),
     "batches": ("mixed", "slide"),
     "precision": ("auto", "fp32", "bf16"),
     "keep": ("best", "last"),
+    "tune": ("full", "head", "lora"),
 }
 _SHARES = ("min_lr_ratio", "layer_decay", "validation_fraction", "stain_jitter", "count_thinning", "gene_dropout")
-_COUNTS = ("epochs", "max_steps", "batch_size", "accumulate", "patience", "checkpoint_every")
+_COUNTS = ("epochs", "max_steps", "batch_size", "accumulate", "patience", "checkpoint_every", "lora_rank")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +78,12 @@ class Recipe:
         Weights returned: those of the ``"best"`` validation loss, or the ``"last"``. Without validation, the last.
     checkpoint_every
         Epochs between two checkpoints.
+    tune
+        What of a trained model is trained further: ``"full"``: all that is not frozen; ``"head"``: decoders and heads;
+        ``"lora"``: these, and low-rank additions to the maps to queries and values of the blocks, through ``peft``,
+        which are merged into the weights at the end.
+    lora_rank, lora_alpha
+        Rank of the additions, and the number that scales them (α / rank).
     flips
         Turn and mirror tiles at random (both tiles of a spot alike).
     stain_jitter
@@ -107,6 +118,9 @@ class Recipe:
     patience: int | None = None
     keep: Literal["best", "last"] = "best"
     checkpoint_every: int = 1
+    tune: Literal["full", "head", "lora"] = "full"
+    lora_rank: int = 8
+    lora_alpha: float = 16.0
     flips: bool = True
     stain_jitter: float = 0.0
     count_thinning: float = 0.0
@@ -121,7 +135,7 @@ class Recipe:
                 check_count(name, getattr(self, name))
         for name in _SHARES:
             check_range(name, getattr(self, name), 0.0, 1.0)
-        for name in ("lr", "eps"):
+        for name in ("lr", "eps", "lora_alpha"):
             check_positive(name, getattr(self, name))
         for name in ("warmup", "weight_decay", "weight_decay_end", "cache_gb"):
             check_range(name, getattr(self, name), 0.0, float("inf"))
@@ -176,7 +190,7 @@ RECIPES: dict[str, Recipe] = {
     "paper": Recipe(batch_size=512, clip_grad_norm=None, decay_all=True, flips=False),
     "small": Recipe(epochs=30, max_steps=50, batch_size=256, lr=1e-3, gene_dropout=0.2),
     "tiny": Recipe(epochs=20, max_steps=60, batch_size=128, lr=2e-3, gene_dropout=0.2),
-    # STORM's own (FACTS of its paper: 40 of 1000 epochs of warm-up); its small sizes are ours.
+    # STORM's own, as its paper states it (40 of 1000 epochs of warm-up); its small sizes are ours.
     "storm": Recipe(
         epochs=1000,
         batch_size=1024,
@@ -252,15 +266,25 @@ def recipe_for(model_name: str) -> Recipe:
     return RECIPES["recommended"]
 
 
-def resolve_recipe(recipe: Recipe | str | None, model_name: str, **overrides: Any) -> Recipe:
+def recipe_of(model: Model) -> Recipe:
+    """Return how a model was trained, or the recipe of its size if it never was.
+
+    Precision (that of another device perhaps) and what was adapted are chosen anew.
+    """
+    if model.seen.recipe:
+        return Recipe.from_dict(model.seen.recipe).replace(precision="auto", tune="full")
+    return recipe_for(nearest_name(model.config))
+
+
+def resolve_recipe(recipe: Recipe | str | None, model: str | Model, **overrides: Any) -> Recipe:
     """Return a recipe from a preset's name, a recipe, or the model's default, with the values given changed.
 
     Parameters
     ----------
     recipe
         A recipe, the name of a preset, or ``None`` for the one that fits the model.
-    model_name
-        Registered name of the model.
+    model
+        Registered name of a new model, or the model that is trained further.
     **overrides
         Fields to change; ``None`` leaves a field as it is.
 
@@ -269,7 +293,7 @@ def resolve_recipe(recipe: Recipe | str | None, model_name: str, **overrides: An
     The recipe to use.
     """
     if recipe is None:
-        recipe = recipe_for(model_name)
+        recipe = recipe_for(model) if isinstance(model, str) else recipe_of(model)
     elif isinstance(recipe, str):
         recipe = RECIPES[check_choice("recipe", recipe, RECIPES)]
     changes = {k: v for k, v in overrides.items() if v is not None}
