@@ -89,6 +89,8 @@ class Model(nn.Module, ABC):
     family: ClassVar[str]
     #: stages of pretraining, in order
     stages: ClassVar[tuple[str, ...]] = ()
+    #: those of them that need H&E and counts of every slide
+    paired_stages: ClassVar[tuple[str, ...]] = ("align",)
 
     @property
     def stage(self) -> str | None:
@@ -170,6 +172,11 @@ class Model(nn.Module, ABC):
     def frozen_image_encoder(self, level: str) -> nn.Module | None:
         """Return the encoder of ``"spot"`` or ``"niche"`` tiles if it is frozen, so that its features can be kept."""
         return None
+
+    @property
+    def flippable(self) -> bool:
+        """Whether a tile may be turned and mirrored while the spots around its middle stay where they are."""
+        return True
 
     @property
     def n_parameters(self) -> int:

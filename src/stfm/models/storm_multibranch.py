@@ -63,8 +63,7 @@ class StormMultiBranch(TissueNetwork):
     """
 
     family: ClassVar[str] = "storm-multibranch"
-    #: stages of pretraining, in their order; ``"both"`` runs them in one
-    stages: ClassVar[tuple[str, ...]] = ("mask", "align")
+    paired_stages: ClassVar[tuple[str, ...]] = ("mask", "align")
 
     def __init__(
         self, config: StormMultiBranchConfig, vocabulary: Vocabulary | None, *, pretrained: bool = True
@@ -101,6 +100,16 @@ class StormMultiBranch(TissueNetwork):
                 parameter.requires_grad = masking and config.pixel_weight > 0
             else:
                 parameter.requires_grad = config.mode == "full" or (config.mode == "lora" and "lora_" in name)
+
+    @property
+    def stages(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Stages of pretraining, in their order (``stage = "both"`` runs them in one); of decoders alone, the first."""
+        return ("mask",) if self.config.mode == "head" else ("mask", "align")
+
+    @property
+    def flippable(self) -> bool:
+        """Whether a tile may be turned by itself: only where the spot in its middle is read alone."""
+        return self.config.n_sites == 1
 
     @property
     def inputs(self) -> InputSpec:

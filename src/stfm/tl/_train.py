@@ -11,7 +11,7 @@ import torch
 
 from stfm._errors import InputError, StfmWarning, WrongTypeError
 from stfm._keys import SPATIAL
-from stfm._validate import check_choice, resolve_rng
+from stfm._validate import resolve_rng
 from stfm.inference.features import use_frozen_features
 from stfm.models.base import Model
 from stfm.models.registry import create, load, nearest_name
@@ -20,6 +20,7 @@ from stfm.training.engine import fit_stages, resolve_accelerator, resolve_precis
 from stfm.training.genes import make_vocabulary
 from stfm.training.recipes import resolve_recipe
 from stfm.training.split import split_slides
+from stfm.training.tune import check_tune, tuned_stages
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -34,21 +35,24 @@ if TYPE_CHECKING:
 
 _MIN_SPOTS = 4
 _SEEDS = 2**31
+_MODEL = "st-align-small"
+_N_GENES = 2000
 
 
 def train(
     data: Any,
-    model: str | Model | Any = "st-align-small",
+    model: str | Model | Any = _MODEL,
     *,
     stage: str | None = None,
     config: Mapping[str, Any] | None = None,
-    genes: Genes = 2000,
+    genes: Genes = _N_GENES,
     recipe: Recipe | str | None = None,
     epochs: int | None = None,
     batch_size: int | None = None,
     lr: float | None = None,
     patience: int | None = None,
     precision: str | None = None,
+    tune: str | None = None,
     validation: Validation = "auto",
     library_key: str | None = None,
     patient_key: str | None = None,
@@ -91,6 +95,10 @@ def train(
     epochs, batch_size, lr, patience, precision
         Changes to the recipe: passes over the data, spots in a batch and device, highest learning rate, epochs without
         a better validation loss after which to stop, ``"auto"``, ``"fp32"`` or ``"bf16"``.
+    tune
+        What of a trained model (``init`` or ``model``) is trained further: ``"full"``, the default, all of it;
+        ``"head"``: its decoders and alignment heads; ``"lora"``: these, and low-rank additions to the maps to queries
+        and values of its blocks (through ``peft``), which are merged into the weights at the end.
     validation
         What is held out to choose the best epoch: ``"patient"``, ``"section"``, ``"auto"`` (patients if two are known,
         else sections if there are two, else nothing), a share of them, a list of slides or patients, or None.
@@ -107,7 +115,8 @@ def train(
     mpp
         µm per px of the full-resolution image, where it is not to be found; or a mapping from library to it.
     init
-        Saved model (or its folder) whose weights, configuration and genes to start from, instead of ``model``.
+        Saved model (or its folder) whose weights, configuration and genes to start from, instead of ``model`` and
+        ``genes``.
     cache_features
         Whether to keep the features of frozen image encoders on disk.
     checkpoint_dir
@@ -149,11 +158,12 @@ def train(
         patient_key=patient_key,
     )  # fmt: skip
     kind = resolve_accelerator(accelerator, devices)
-    start = _start(model, init, config)
+    start = _start(model, init, config, genes)
     plan = resolve_recipe(
         recipe, _named(model, start), epochs=epochs, batch_size=batch_size, lr=lr, patience=patience,
-        precision=precision,
+        precision=precision, tune=tune,
     )  # fmt: skip
+    _check_tune(start, plan.tune)
     kept, held = split_slides(slides, validation, fraction=plan.validation_fraction, seed=seed)
     _check_size(kept)
     if plan.patience is not None and not held:
@@ -166,28 +176,48 @@ def train(
 
     plan = plan.replace(precision=resolve_precision(plan.precision, kind))
     return fit_stages(
-        made, kept, plan, _stages(made, stage), validation=held, prepare=prepare, resume=resume,
+        made, kept, plan, _stages(made, stage, plan.tune), validation=held, prepare=prepare, resume=resume,
         checkpoint_dir=checkpoint_dir, seed=seed, accelerator=kind, devices=devices,
     )  # fmt: skip
 
 
-def _stages(model: Model, stage: str | None) -> tuple[str | None, ...]:
+def _check_tune(start: Model | None, tune: str) -> None:
+    """Refuse to adapt a model that has learned nothing yet, or that cannot be adapted so."""
+    if tune != "full" and start is None:
+        msg = f"tune={tune!r} adapts a trained model; give one (or its folder) as init=."
+        raise InputError(msg)
+    if start is not None:
+        check_tune(start, tune)
+
+
+def _stages(model: Model, stage: str | None, tune: str) -> tuple[str | None, ...]:
     """Return the stages to train in turn; (None,) for a model that has none."""
     if not model.stages:
         if stage is not None:
             msg = f"stage={stage!r} has no meaning for {model.family!r}, which is trained in one stage; leave it out."
             raise InputError(msg)
         return (None,)
-    if stage in (None, "both"):
-        return model.stages
-    return (check_choice("stage", stage, (*model.stages, "both")),)
+    stages = tuned_stages(model, tune)
+    if stage is None or stage == "both":
+        return stages
+    model.stage = stage  # refuses what is no stage of it
+    if stage not in stages:
+        msg = f"tune={tune!r} leaves nothing to train in stage {stage!r}; take stage={stages[0]!r}."
+        raise InputError(msg)
+    return (stage,)
 
 
-def _start(model: Any, init: Model | str | Path | None, config: Mapping[str, Any] | None) -> Model | None:
+def _start(model: Any, init: Model | str | Path | None, config: Mapping[str, Any] | None, genes: Genes) -> Model | None:
     """Return the model to go on from, if there is one."""
     source = init if init is not None else model if isinstance(model, Model) else None
     if source is None:
         return None
+    if init is not None and not (isinstance(model, str) and model == _MODEL):
+        msg = f"init= is the model to start from, so model={model!r} has no place beside it; leave one of them out."
+        raise InputError(msg)
+    if not (isinstance(genes, int) and genes == _N_GENES):
+        msg = "genes= chooses what a new model reads; a model to go on from keeps its genes. Leave genes= out."
+        raise InputError(msg)
     if config:
         msg = "config= changes a new model; a model to go on from keeps the configuration that it has."
         raise InputError(msg)

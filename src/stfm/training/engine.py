@@ -18,7 +18,7 @@ import lightning.pytorch as pl
 import pandas as pd
 import torch
 
-from stfm._errors import DataIntegrityError, InputError, MissingKeyError
+from stfm._errors import DataIntegrityError, InputError, MissingKeyError, StfmWarning
 from stfm._validate import check_choice, check_count
 from stfm._version import __version__
 from stfm.inference.device import evaluating, resolve_device
@@ -27,6 +27,7 @@ from stfm.training.callbacks import LAST, Bar, Checkpoints, Journal, Seeds
 from stfm.training.data import SlideData, check_alike
 from stfm.training.module import RUN, TrainingModule
 from stfm.training.tilecache import keep_tiles
+from stfm.training.tune import tuned
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -153,13 +154,42 @@ def fit_stages(
     -------
     The model, as :func:`fit` returns it.
     """
-    for stage in stages:
-        folder = None if checkpoint_dir is None else Path(checkpoint_dir)
-        if stage is not None:
-            model.stage = stage
-            folder = None if folder is None else folder / stage
-        fit(model, train, recipe, fit_inputs=model.history is None, checkpoint_dir=folder, **how)
+    _check_paired(model, [*train, *how.get("validation", ())], stages)
+    if recipe.flips and not model.flippable:
+        msg = "tiles are neither turned nor mirrored, since the model reads the places of spots in them (flips=False)."
+        warnings.warn(msg, StfmWarning, stacklevel=3)
+        recipe = recipe.replace(flips=False)
+    with tuned(model, recipe, seed=how.get("seed", 0)) as restrict:
+        for stage in stages:
+            folder = None if checkpoint_dir is None else Path(checkpoint_dir)
+            if stage is not None:
+                model.stage = stage
+                folder = None if folder is None else folder / stage
+            restrict()
+            fit(model, train, recipe, fit_inputs=model.history is None, checkpoint_dir=folder, **how)
     return model
+
+
+def _check_paired(model: Model, slides: Sequence[Slide], stages: Sequence[str | None]) -> None:
+    """Refuse a stage that needs both modalities, before any other is trained, where all slides lack one of them."""
+    paired = [stage for stage in stages if stage in model.paired_stages]
+    if not paired:
+        return
+    spec, config = model.inputs, model.config
+    reads_gene = spec.gene and getattr(config, "reads_gene", True)  # an ablation may write counts without reading them
+    there = {"H&E": [s.tiles is not None for s in slides], "counts": [s.counts is not None for s in slides]}
+    lacking = [what for what, have in there.items() if not any(have)]
+    unread = [what for what, reads in (("H&E", spec.image), ("counts", reads_gene)) if not reads]
+    if not (lacking or unread):
+        return
+    free = [stage for stage in model.stages if stage not in model.paired_stages]
+    who = f"slide {slides[0].name!r} has no {lacking[0]}" if lacking else f"the model reads no {unread[0]}"
+    if free:
+        advice = f"alignment needs both modalities; stage={free[0]!r} can run."
+    else:
+        advice = f"every stage of {model.family!r} needs both modalities; 'storm' learns from one with stage='mask'."
+    msg = f"{who}, and {advice}"
+    raise InputError(msg)
 
 
 def _calibrate(
