@@ -163,10 +163,27 @@ class TestMaskedLoss:
         torch.testing.assert_close(losses["loss"], 0.25 * losses["image"] + 2.0 * losses["gene"])
 
     def test_nothing_hidden_costs_nothing(self, vocabulary):
-        model = make(vocabulary, window=4, n_visible=5, cross_share=0.0).train()
+        model = make(vocabulary, window=9, n_visible=5, cross_share=0.0).train()
         losses = model.losses(slide(model, window=4))
         assert losses["loss"].item() == 0.0
         losses["loss"].backward()
+
+    def test_a_config_that_hides_nothing_is_refused(self, vocabulary):
+        with pytest.raises(InputError, match="hides nothing"):
+            make(vocabulary, window=4, n_visible=5, cross_share=0.0)
+
+
+class TestTrainedOn:
+    def test_what_training_lacked_is_left_out(self, vocabulary):
+        model = make(vocabulary).eval()
+        model.trained_on.fill_(2)  # counts alone
+        batch = slide(model)
+        with torch.no_grad():
+            both, counts = model.embed(batch), model.embed(batch.without("image"))
+        assert both.image is None
+        assert torch.equal(both.joint, counts.joint)
+        with pytest.raises(InputError, match="trained on counts alone"):
+            model.embed(batch.without("gene"))
 
 
 class TestAbsentGenes:

@@ -75,7 +75,7 @@ class Windows:
 
 
 class STORM(Model):
-    """STORM (Stanford), section 2.1 of the facts: spot level, then spatial level.
+    """STORM of Xiang et al.: spot level, then spatial level.
 
     A spot is one token of H&E and one of expression; the tokens of a window of neighbours go through blocks with
     attention over both modalities, whose bias falls with the distance in µm, and a feed-forward for each modality. It
@@ -107,6 +107,7 @@ class STORM(Model):
     typical_total: Tensor
     calibration: Tensor
     expected_variance: Tensor
+    trained_on: Tensor
 
     def __init__(self, config: STORMConfig, vocabulary: Vocabulary | None, *, pretrained: bool = True) -> None:
         super().__init__(config, vocabulary, pretrained=pretrained)
@@ -122,7 +123,7 @@ class STORM(Model):
             self.image = ImageTokens(build_image(config.image, pretrained=pretrained), config)
             self.image_decoder = Decoder(config, self.image.width)
             self.image_log_variance = nn.Parameter(torch.zeros(self.image.width))
-            if config.linear_blend > 0:
+            if config.linear_blend > 0 and self.image.encoder.frozen:
                 self.linear = WindowRegression(self.image.width, n_genes, standardise=config.feature_components == 0)
         self.gene_encoder = None
         if config.gene is not None:
@@ -131,9 +132,11 @@ class STORM(Model):
         self.spatial = SpatialEncoder(config)
         self.gene_decoder = Decoder(config, config.gene_width)
         self.field = LatentField(config.gene_width) if config.joint == "field" else None
-        self.align_heads = nn.ModuleDict({name: nn.Linear(d, d) for name in ("image", "gene")})
+        self.align_heads = nn.ModuleDict({name: _identity(d) for name in ("image", "gene")})
         self.temperature = Temperature(config.temperature, learned=True)
         self.register_buffer("typical_total", torch.full((), 1e4))
+        # Bits: 1 H&E, 2 counts were there in training; 0 before any.
+        self.register_buffer("trained_on", torch.zeros((), dtype=torch.int64))
         self.register_buffer("calibration", torch.ones(n_genes))
         # Of latent expression around what H&E and neighbours tell of it; 1 is that of the table itself.
         self.register_buffer("expected_variance", torch.ones(config.gene_width))
@@ -185,6 +188,7 @@ class STORM(Model):
         present = batch.window >= 0
         rows = batch.window.clamp_min(0)
         tokens: dict[str, Tensor] = {}
+        batch = self._known_modalities(batch)
         features = None if self.image is None else self.image.features(batch)
         if self.image is not None and features is not None:
             tokens["image"] = self.image(features)[rows]
@@ -203,6 +207,17 @@ class STORM(Model):
         if self.gene_encoder is not None:
             return self.gene_token(self.gene_encoder(counts, mask))  # type: ignore[no-any-return]
         return self.gene_token(self.latent(counts, mask))  # type: ignore[no-any-return]
+
+    def _known_modalities(self, batch: Batch) -> Batch:
+        """Leave out what no training slide had, whose encoders know nothing."""
+        kind = int(self.trained_on)
+        absent = [name for bit, name in ((1, "image"), (2, "gene")) if kind and not kind & bit]
+        left = batch.without(*absent)
+        if (batch.has_image or batch.has_gene) and not (left.has_image or left.has_gene):
+            trained = "counts" if kind == 2 else "H&E"
+            msg = f"this model was trained on {trained} alone and cannot read slides without; train it on both."
+            raise InputError(msg)
+        return left
 
     def latent(self, counts: Tensor, mask: Tensor | None) -> Tensor:
         """Return the latent expression that the gene table reads from counts, ``(n, e)``."""
@@ -337,17 +352,20 @@ class STORM(Model):
         """
         windows = self.windows(batch)
         u = self.expected(windows)
-        used = own and "gene" in windows.tokens and batch.counts is not None
-        if used:
-            u = self._updated(batch, windows, u)
-        with torch.autocast(u.device.type, enabled=False):
-            written = self.table.write(u)
-            mean, variance = self.table.moments(written, self.typical_total)
+        mean, variance = self._written(u)
         blend = self.config.linear_blend
-        if self.linear is not None and bool(self.linear.fitted) and windows.features is not None and not used:
+        if self.linear is not None and bool(self.linear.fitted) and windows.features is not None:
             seen = window_features(windows.features[windows.rows], windows.xy_um, windows.present)
             mean = (1 - blend) * mean + blend * self.linear(seen)
+        if own and "gene" in windows.tokens:
+            # The regression reads no counts; where the spot itself was measured, its counts say more.
+            measured = windows.gene[:, :1]
+            mean = torch.where(measured, self._written(self._updated(batch, windows, u))[0], mean)
         return Prediction(mean, variance.sqrt() * self.calibration)
+
+    def _written(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.autocast(u.device.type, enabled=False):
+            return self.table.moments(self.table.write(u), self.typical_total)
 
     def expected(self, windows: Windows) -> Tensor:
         """Return the latent expression of each middle as H&E and the counts of its neighbours tell it, ``(b, e)``."""
@@ -358,13 +376,12 @@ class STORM(Model):
         return self.gene_decoder(encoded, shown, windows.bias, middle=True)[:, 0].float()  # type: ignore[no-any-return]
 
     def _updated(self, batch: Batch, windows: Windows, expected: Tensor) -> Tensor:
-        """Return the same after each spot's own counts were looked at, where they were measured."""
+        """Return the same after each spot's own counts were looked at."""
         rows = windows.rows[:, 0]
         counts = cast("Tensor", batch.counts)[rows].float()
         mask = None if batch.gene_mask is None else batch.gene_mask[rows]
         with torch.autocast(expected.device.type, enabled=False):
-            moved = self.table.update(expected, self.expected_variance, counts, mask)
-        return torch.where(windows.gene[:, :1], moved, expected)
+            return self.table.update(expected, self.expected_variance, counts, mask)
 
     def written_genes(self) -> NDArray[np.bool_]:
         """Return which genes were measured on a training slide, bool ``(G,)``."""
@@ -373,6 +390,7 @@ class STORM(Model):
     def fit_inputs(self, slides: Sequence[SlideInputs]) -> None:
         """Start from the training slides: gene table, scale of image features, regression on windows."""
         with_counts = [slide for slide in slides if slide.has_gene]
+        self.trained_on |= int(any(slide.has_image for slide in slides)) + 2 * bool(with_counts)
         if with_counts:
             self.typical_total.fill_(fit_table(self.table, with_counts))
             if self.field is not None:
@@ -402,6 +420,14 @@ class STORM(Model):
         if level != "spot" or self.image is None or not self.image.encoder.frozen:
             return None
         return self.image.encoder
+
+
+def _identity(width: int) -> nn.Linear:
+    """Return a linear map that starts as the identity, so that it changes nothing before it is trained."""
+    layer = nn.Linear(width, width)
+    nn.init.eye_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
 
 
 def _mean(loss: Tensor, weight: Tensor | None = None) -> Tensor:

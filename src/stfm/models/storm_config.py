@@ -64,8 +64,8 @@ class STORMConfig:
     replay
         Weight of the masked losses during alignment, so that the decoders do not drift; 0 aligns alone.
     linear_blend
-        Share of a closed-form reduced-rank regression on the window's image features in the predicted expression; 0
-        leaves it out.
+        Share of a closed-form reduced-rank regression on the window's image features in what is predicted from H&E; 0
+        leaves it out. It needs a frozen image encoder and is left out with a trained one.
     joint
         The joint embedding: both tokens of the spot after the spatial level side by side (``"concat"``) or their
         ``"mean"``; or ``"field"``: the latent expression that the window shares, each component averaged as far as it
@@ -136,6 +136,12 @@ class STORMConfig:
             raise InputError(msg)
         if self.image is None and self.ablation == "no-gene":
             msg = "STORM needs one modality at least: image=None and ablation='no-gene' leave none."
+            raise InputError(msg)
+        if self.n_visible >= self.window_size and self.cross_share == 0:
+            msg = (
+                f"n_visible={self.n_visible} of windows of {self.window_size} with cross_share=0 hides nothing; "
+                "show fewer, or set cross_share above 0."
+            )
             raise InputError(msg)
         if self.n_visible == 0 and self.cross_share < 1:
             msg = "n_visible=0 hides everything; show at least one spot of a window, or set cross_share=1."

@@ -159,6 +159,7 @@ def choose(
         error (over held-out sections) of the best, the one with the largest penalty.
     """
     scores = np.zeros((len(folds), len(grid)))
+    most = max((c.rank for c in grid if c.rank is not None), default=0)
     for fold, ((train, test), basis) in enumerate(zip(folds, bases, strict=True)):
         z = basis.project(x[test])
         for (k, alpha), members in _by_penalty(grid).items():
@@ -169,7 +170,7 @@ def choose(
                 rank = grid[i].rank
                 predicted = full
                 if rank is not None and rank < min(weights.shape):
-                    right = _directions(basis, weights) if right is None else right
+                    right = _directions(basis, weights, most) if right is None else right
                     predicted = (full @ right[:rank].T) @ right[:rank]
                 scores[fold, i] = gene_pearson(y[test], predicted + intercept).mean()
     mean = scores.mean(axis=0)
@@ -197,16 +198,19 @@ def solve(basis: Basis, y: NDArray[np.float64], choice: Choice) -> tuple[NDArray
     penalty = choice.alpha * power.mean()
     weights = (basis.scores[:, :k].T @ (y - intercept)) / (power + penalty)[:, None]
     if choice.rank is not None and choice.rank < min(weights.shape):
-        right = _directions(basis, weights)[: choice.rank]
+        right = _directions(basis, weights, choice.rank)
         weights = (weights @ right.T) @ right
     return weights, intercept
 
 
-def _directions(basis: Basis, weights: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the directions of the fitted values among the genes, the strongest first, ``(min(k, g), g)``."""
+def _directions(basis: Basis, weights: NDArray[np.float64], n: int) -> NDArray[np.float64]:
+    """Return the n strongest directions of the fitted values among the genes, ``(n, g)``."""
     fitted = np.sqrt(basis.power[: len(weights)])[:, None] * weights
-    right: NDArray[np.float64] = np.linalg.svd(fitted, full_matrices=False)[2]
-    return right
+    # By the Gram matrix of the components, which is small; only the strongest are wanted, so squaring does no harm.
+    values, left = np.linalg.eigh(fitted @ fitted.T)
+    strongest = np.argsort(values)[::-1][:n]
+    right: NDArray[np.float64] = left[:, strongest].T @ fitted
+    return right / np.maximum(np.linalg.norm(right, axis=1, keepdims=True), 1e-12)
 
 
 def _by_penalty(grid: Sequence[Choice]) -> dict[tuple[int, float], list[int]]:

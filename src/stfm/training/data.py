@@ -170,3 +170,10 @@ def check_alike(inputs: Sequence[SlideInputs]) -> None:
                     "train on slides with the same modalities."
                 )
                 raise InputError(msg)
+        if one.spec.window is not None and (one.slide.mpp is None) != (first.slide.mpp is None):
+            lacks = one if one.slide.mpp is None else first
+            msg = (
+                f"slide {lacks.slide.name!r} has coordinates in px and no µm/px, others have µm; distances in windows "
+                "are compared in µm: give mpp= for it."
+            )
+            raise InputError(msg)
