@@ -70,17 +70,17 @@ def test_mouse_panel_meets_human_vocabulary_by_symbol_and_says_so():
 
 def test_mouse_ids_without_symbols_cannot_meet_a_human_vocabulary():
     panel = Panel([f"ENSMUSG0000006433{i}.1" for i in range(5)])
-    with pytest.raises(InputError, match=r"by symbol only.*var_key="):
+    with pytest.raises(InputError, match=r"by symbol only.*var_names"):
         match_genes(panel, Vocabulary(HUMAN))
 
 
 def test_ids_and_symbols_alone_cannot_meet():
-    with pytest.raises(InputError, match=r"one has Ensembl ids only, the other symbols only: .*var_key="):
+    with pytest.raises(InputError, match=r"one has Ensembl ids only, the other symbols only: .*var_names"):
         match_genes(Panel(HUMAN_IDS), Vocabulary(HUMAN))
 
 
 def test_too_few_matches_name_examples():
-    with pytest.raises(InputError, match=r"only 0 of 2 genes match.*FOO1, BAR2.*EPCAM.*var_key="):
+    with pytest.raises(InputError, match=r"only 0 of 2 genes match.*FOO1, BAR2.*EPCAM.*var_names"):
         match_genes(Panel(["FOO1", "BAR2"]), Vocabulary(HUMAN))
     panel = Panel(["EPCAM", *[f"XX{i}" for i in range(9)]])
     vocabulary = Vocabulary(["EPCAM", *[f"YY{i}" for i in range(9)]])

@@ -213,7 +213,7 @@ def test_what_the_model_behind_the_features_saw_counts(sections):
         ({"key_added": ""}, InputError, "key_added is empty"),
         ({"key_added": 3}, WrongTypeError, "key_added must be a string"),
         ({}, InputError, "give either reference= .* or model="),
-        ({"model": "nowhere"}, MissingKeyError, "holds no fitted predictor"),
+        ({"model": "nowhere"}, MissingKeyError, "no folder nowhere with a saved model"),
         ({"model": 3}, WrongTypeError, "model must be a fitted predictor"),
         ({"reference": "sections", "method": "lasso"}, InputError, "method='lasso' is unknown"),
         ({"reference": "sections", "genes": ["NUCLEY"]}, InputError, "gene 'NUCLEY' .* Did you mean 'NUCLEI'"),

@@ -104,7 +104,18 @@ def test_copy_folder_and_several_libraries(tissue, model, tmp_path):
     np.testing.assert_allclose(new.layers["smooth"][rows], alone.layers["imputed"], atol=1e-5)
 
 
+def test_two_columns_of_one_gene_are_both_written(section, model):
+    names = list(section.var_names)
+    section.var_names = [*names[:1], names[0].lower(), *names[2:]]
+    with pytest.warns(StfmWarning):
+        sf.tl.impute(section, model)
+    table = section.layers["imputed"]
+    np.testing.assert_array_equal(table[:, 0], table[:, 1])
+    assert np.isfinite(table).all()
+
+
 def test_guards_leave_the_object_untouched(section, model):
+    section.obs["said"] = ["no", "yes"] * (section.n_obs // 2)
     strange = section.copy()
     strange.var_names = [f"STRANGE{i}" for i in range(strange.n_vars)]
     bare = ad.AnnData(obs=section.obs.copy(), obsm={"spatial": section.obsm["spatial"].copy()})
@@ -112,6 +123,10 @@ def test_guards_leave_the_object_untouched(section, model):
     for adata, options, error, message in (
         (section, {"genes": ["ERBB"]}, InputError, "does not know gene 'ERBB'. Did you mean"),
         (section, {"genes": []}, InputError, "genes is empty"),
+        (section, {"genes": "ERBB2"}, InputError, r"is one name; give a list of names, genes=\['ERBB2'\]"),
+        (section, {"genes": ["ERBB2", "MUC1", "ERBB2"]}, InputError, "names 'ERBB2' twice; name each gene once"),
+        (section, {"genes": ["ERBB2", "erbb2"]}, InputError, "names 'erbb2' twice .as 'ERBB2' too"),
+        (section, {"measured_key": "said"}, InputError, r"obs\['said'\] must hold .*\['said'\] == 'no'\."),
         (section, {"measured_key": "no"}, MissingKeyError, "no column 'no'"),
         (section, {"key_added": ""}, InputError, "key_added"),
         (strange, {}, InputError, "writes none of the 330 genes"),
@@ -120,7 +135,9 @@ def test_guards_leave_the_object_untouched(section, model):
             sf.tl.impute(adata, model, **options)
         assert "imputed" not in adata.layers
         assert "imputed" not in adata.obsm
-    with pytest.raises(WrongTypeError, match="must be a trained model or the folder"):
+    with pytest.raises(WrongTypeError, match="must be a model or the folder"):
         sf.tl.impute(section, 3)
+    with pytest.raises(InputError, match="No weights of 'storm-tiny' come with this version: train it"):
+        sf.tl.impute(section, "storm-tiny")
     with pytest.raises(InputError, match="writes no expression"):
         sf.tl.impute(section, sf.models.create("st-align-tiny", model.vocabulary), genes=["ERBB2"])

@@ -127,10 +127,9 @@ def test_config_changes(tissue):
     ],
 )
 def test_guards(tissue, arguments, error, match):
+    model = {} if "init" in arguments else {"model": "st-align-tiny"}
     with pytest.raises(error, match=match):
-        sf.tl.train(
-            tissue, **{"model": "st-align-tiny", "recipe": None if "recipe" in arguments else RECIPE, **arguments}
-        )
+        sf.tl.train(tissue, **{**model, "recipe": None if "recipe" in arguments else RECIPE, **arguments})
 
 
 def test_guards_on_the_data(tissue):

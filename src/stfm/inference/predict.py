@@ -80,7 +80,7 @@ def genes_written(model: Model, genes: Sequence[str] | None) -> tuple[list[str],
     Raises
     ------
     InputError
-        The model does not know a gene, or no training slide had measured it.
+        The model does not know a gene, no training slide had measured it, or it is named twice.
     """
     learned = model.written_genes()
     if model.vocabulary is None or not learned.any():
@@ -91,6 +91,9 @@ def genes_written(model: Model, genes: Sequence[str] | None) -> tuple[list[str],
         chosen = np.flatnonzero(learned)
         return [names[i] for i in chosen], chosen
     place = {name.upper(): i for i, name in enumerate(names)}
+    if isinstance(genes, str):
+        msg = f"genes={genes!r} is one name; give a list of names, genes=[{genes!r}]."
+        raise InputError(msg)
     asked = [str(gene) for gene in genes]
     if not asked:
         msg = "genes is empty; name at least one."
@@ -98,6 +101,7 @@ def genes_written(model: Model, genes: Sequence[str] | None) -> tuple[list[str],
     if absent := [gene for gene in asked if gene.upper() not in place]:
         msg = f"the model does not know gene {absent[0]!r}. {nearest_genes(absent[0], names)}"
         raise InputError(msg)
+    _check_once(asked)
     chosen = np.array([place[gene.upper()] for gene in asked], dtype=np.int64)
     if not learned[chosen].all():
         first = asked[int(np.argmin(learned[chosen]))]
@@ -107,6 +111,17 @@ def genes_written(model: Model, genes: Sequence[str] | None) -> tuple[list[str],
         )
         raise InputError(msg)
     return asked, chosen
+
+
+def _check_once(genes: Sequence[str]) -> None:
+    """Refuse a gene that is named twice, be it in another case."""
+    seen: dict[str, str] = {}
+    for gene in genes:
+        if (other := seen.get(gene.upper())) is not None:
+            also = "" if other == gene else f" (as {other!r} too)"
+            msg = f"genes names {gene!r} twice{also}; name each gene once."
+            raise InputError(msg)
+        seen[gene.upper()] = gene
 
 
 def nearest_genes(gene: str, names: Sequence[str]) -> str:

@@ -458,7 +458,7 @@ def _tell_doubled(panel: Panel, columns: list[int]) -> None:
 
 
 def _mismatch(match: GeneMatch, panel: Panel, vocabulary: Vocabulary, min_fraction: float) -> str:
-    advice = "name the column of symbols or Ensembl ids with var_key="
+    advice = "put the symbols or Ensembl ids that both have into adata.var_names, or a column gene_symbols or gene_ids"
     ids_only = not any(panel.symbol_keys) or not any(vocabulary.panel.symbol_keys)
     if match.species_note and ids_only:
         advice = f"a {panel.species} panel meets a {vocabulary.species} vocabulary by symbol only: {advice}"

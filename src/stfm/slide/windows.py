@@ -53,7 +53,10 @@ def window_table(coords: ArrayLike, size: int = 25, *, name: str = "the slide") 
     points = np.asarray(coords, dtype=np.float64)
     n = len(points)
     if size > n:
-        msg = f"a window of {size} spots is larger than {name}, which has {n}; give a smaller one with window=."
+        msg = (
+            f"a window of {size} spots is larger than {name}, which has {n}. Leave slides as small out, or train a new "
+            "model with a smaller window, config={'window': 9} of sf.tl.train; a trained model keeps the window it has."
+        )
         raise InputError(msg)
     own = np.arange(n, dtype=np.int32)[:, None]
     if size == 1:

@@ -18,7 +18,7 @@ from stfm.inference.predict import genes_written
 from stfm.models.inputs import SlideInputs
 from stfm.slide.from_spatialdata import is_spatialdata, on_spatialdata
 from stfm.slide.read import as_slides
-from stfm.tl._impute import _resolve
+from stfm.tl._models import resolve_model
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -146,7 +146,7 @@ def attribute(
     check_table(adata)
     check_key("key_added", key_added)
     _check_method(method, baseline, n_steps)
-    trained, source = _resolve(model)
+    trained, source = resolve_model(model)
     asked = _asked(adata, spots)
     goal, said = _goal(trained, target)
     explained = target_of(trained, goal, own=own)

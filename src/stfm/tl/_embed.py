@@ -3,30 +3,31 @@
 from __future__ import annotations
 
 import warnings
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from stfm._errors import InputError, MissingKeyError, StfmWarning, WrongTypeError
+from stfm._errors import StfmWarning
 from stfm._keys import EMBEDDING, PARTS, SPATIAL, part_key
 from stfm._provenance import record
-from stfm._validate import check_choice, check_count, check_key, did_you_mean
+from stfm._validate import check_choice, check_count, check_key
 from stfm.inference.device import resolve_device
 from stfm.inference.features import use_frozen_features
 from stfm.inference.stream import embed_slides
-from stfm.models.base import CONFIG_FILE, Model
 from stfm.models.inputs import SlideInputs
-from stfm.models.registry import MODELS, load
 from stfm.slide.from_anndata import check_table, target
 from stfm.slide.from_spatialdata import is_spatialdata, on_spatialdata
 from stfm.slide.read import as_slides
+from stfm.tl._models import resolve_model
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
     from anndata import AnnData
     from numpy.typing import NDArray
+
+    from stfm.models.base import Model
 
 
 def embed(
@@ -113,7 +114,7 @@ def embed(
     check_count("batch_size", batch_size)
     check_choice("precision", precision, ("fp32", "bf16"))
     resolve_device(device)
-    trained, source = _resolve(model)
+    trained, source = resolve_model(model)
     slides = as_slides(
         check_table(adata), library_key=library_key, spatial_key=spatial_key, layer=layer, image=image, mpp=mpp,
         modalities=_modalities(trained),
@@ -138,31 +139,6 @@ def embed(
     result.obsm[key_added] = whole["joint"]
     result.uns[key_added] = description
     return result if copy else None
-
-
-def _resolve(model: Model | str | Path | None) -> tuple[Model, str]:
-    """Return the model and where it came from."""
-    if isinstance(model, Model):
-        return model, "memory"
-    if model is None:
-        msg = (
-            "No weights come with this version: give model= a trained model (sf.tl.train) or the folder of a saved one."
-        )
-        raise InputError(msg)
-    if not isinstance(model, (str, Path)):
-        msg = f"model must be a model or the folder of a saved one, got {type(model).__name__}."
-        raise WrongTypeError(msg)
-    folder = Path(model).expanduser()
-    if (folder / CONFIG_FILE).exists() or folder.is_dir():
-        return load(folder), str(folder)
-    if isinstance(model, str) and model in MODELS:
-        msg = (
-            f"No weights of {model!r} come with this version: train it (model = sf.tl.train(adata, {model!r})) "
-            "and give the model, or the folder that it was saved to."
-        )
-        raise InputError(msg)
-    msg = f"There is no folder {model!s} with a saved model. {did_you_mean(str(model), MODELS.names())}"
-    raise MissingKeyError(msg)
 
 
 def _modalities(model: Model) -> tuple[str, ...]:

@@ -16,9 +16,9 @@ from stfm.inference.expression_slides import SlideFeatures, fit_on_slides, predi
 from stfm.inference.predict import nearest_genes
 from stfm.models.base import WEIGHTS_FILE
 from stfm.models.base import Model as ModelClass
-from stfm.models.registry import load
 from stfm.slide.from_spatialdata import is_spatialdata, on_spatialdata
 from stfm.slide.read import as_slides
+from stfm.tl._models import resolve_model
 from stfm.tl._seen import exposure
 from stfm.tl._written import SCALE, describe_written, measured_spots, write_expression
 
@@ -383,12 +383,14 @@ def _mapping(value: Any) -> Any:
 
 
 def _resolve(model: Any) -> tuple[ExpressionPredictor | Model, str]:
-    if isinstance(model, (ExpressionPredictor, ModelClass)):
+    if isinstance(model, ExpressionPredictor):
         return model, "memory"
     if isinstance(model, (str, Path)):
-        if (Path(model).expanduser() / WEIGHTS_FILE).is_file():
-            return load(model), str(model)
-        return ExpressionPredictor.load(model), str(model)
+        folder = Path(model).expanduser()
+        if folder.is_dir() and not (folder / WEIGHTS_FILE).is_file():
+            return ExpressionPredictor.load(folder), str(folder)
+    if isinstance(model, (str, Path, ModelClass)):
+        return resolve_model(model)
     msg = f"model must be a fitted predictor or the folder it was saved to, got {type(model).__name__}."
     raise WrongTypeError(msg)
 

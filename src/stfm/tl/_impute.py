@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import warnings
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from stfm._errors import InputError, StfmWarning, WrongTypeError
+from stfm._errors import InputError, StfmWarning
 from stfm._keys import IMPUTED, SPATIAL, deviation_key
 from stfm._validate import check_key
-from stfm.models.base import Model as ModelClass
-from stfm.models.registry import load
 from stfm.slide.from_spatialdata import is_spatialdata, on_spatialdata
+from stfm.tl._models import resolve_model
 from stfm.tl._written import describe_written, measured_spots, write_expression
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
     from anndata import AnnData
 
@@ -111,8 +110,8 @@ def impute(
 
     check_table(adata)
     check_key("key_added", key_added)
-    trained, source = _resolve(model)
-    asked = list(genes) if genes is not None else _shared_genes(adata, trained)
+    trained, source = resolve_model(model)
+    asked = genes if genes is not None else _shared_genes(adata, trained)
     measured = measured_spots(adata, measured_key)
     written = write_expression(
         adata, trained, asked, measured=measured, use_counts=True, own=True, batch_size=batch_size, device=device,
@@ -124,7 +123,9 @@ def impute(
     result = target(adata, copy=copy)
     if genes is None:
         table = np.full(adata.shape, np.nan, np.float32)
-        table[:, adata.var_names.get_indexer(asked)] = written.mean
+        place = {name.upper(): i for i, name in enumerate(written.genes)}
+        columns = [j for j, name in enumerate(adata.var_names) if str(name).upper() in place]
+        table[:, columns] = written.mean[:, [place[str(adata.var_names[j]).upper()] for j in columns]]
         result.layers[key_added] = table
     else:
         import pandas as pd
@@ -134,15 +135,6 @@ def impute(
     used = adata.n_obs if measured is None else int(measured.sum())
     result.uns[key_added] = describe_written(trained, source, written, None, n_measured=used)
     return result if copy else None
-
-
-def _resolve(model: Any) -> tuple[Model, str]:
-    if isinstance(model, ModelClass):
-        return model, "memory"
-    if isinstance(model, (str, Path)):
-        return load(model), str(model)
-    msg = f"model must be a trained model or the folder of a saved one, got {type(model).__name__}."
-    raise WrongTypeError(msg)
 
 
 def _shared_genes(adata: AnnData, model: Model) -> list[str]:
@@ -157,4 +149,4 @@ def _shared_genes(adata: AnnData, model: Model) -> list[str]:
     if len(shared) < adata.n_vars:
         msg = f"{adata.n_vars - len(shared)} of {adata.n_vars} genes are not known to the model; they are nan."
         warnings.warn(msg, StfmWarning, stacklevel=3)
-    return shared
+    return list({name.upper(): name for name in reversed(shared)}.values())[::-1]

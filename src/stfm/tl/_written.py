@@ -93,9 +93,18 @@ def measured_spots(adata: AnnData, key: str | None) -> NDArray[np.bool_] | None:
         raise MissingKeyError(msg)
     column = adata.obs[key]
     if column.dtype != bool:
-        msg = f"obs[{key!r}] must hold True and False, got {column.dtype}; convert it with .astype(bool)."
+        msg = (
+            f"obs[{key!r}] must hold True and False, got {column.dtype}; compare it with what marks a measured spot, "
+            f"for example adata.obs[{key!r}] = adata.obs[{key!r}] == {_first(column)!r}."
+        )
         raise InputError(msg)
     return np.asarray(column, dtype=bool)
+
+
+def _first(column: Any) -> Any:
+    """Return the first value of a column that is there, for an example."""
+    there = column.dropna()
+    return "yes" if there.empty else there.tolist()[0]
 
 
 def describe_written(
