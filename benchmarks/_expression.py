@@ -164,7 +164,7 @@ def gain_on(
 ) -> dict[str, float]:
     """Return the gain in mean r on another prediction of the same section, and its interval over draws of blocks.
 
-    Neighbouring spots are alike, so whole blocks (6 x 6 over the section) are drawn with replacement, the same for both.
+    Neighbouring spots are alike, so whole blocks (6 x 6 over the section) are drawn with replacement, alike for both.
     """
     unit = (coords[:, :2] - coords[:, :2].min(axis=0)) / np.maximum(np.ptp(coords[:, :2], axis=0), 1e-9)
     block = np.minimum((unit * 6).astype(int), 5) @ np.array([6, 1])

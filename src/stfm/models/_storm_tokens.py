@@ -84,6 +84,7 @@ class ImageTokens(nn.Module):
         self.encoder = encoder
         self.n_contexts = len(config.contexts_um)
         width = encoder.width * self.n_contexts
+        self.raw_width = width
         # What a trained encoder gives changes with it: running statistics, and no rotation to components.
         self.scaler: nn.Module
         if encoder.frozen:
@@ -109,8 +110,10 @@ class ImageTokens(nn.Module):
 
     def scaled(self, raw: Tensor) -> Tensor:
         """Return features on one scale, ``(n, width)``; what was scaled before stays."""
-        narrow = self.encoder.frozen and raw.shape[1] == self.width != len(self.scaler.centre)  # type: ignore[arg-type]
-        return raw if narrow else self.scaler(raw)  # type: ignore[no-any-return]
+        if self.encoder.frozen and raw.shape[1] == self.width != self.raw_width:
+            return raw
+        scaled: Tensor = self.scaler(raw)
+        return scaled
 
     def encode(self, tiles: Tensor) -> Tensor:
         """Return the features of all contexts of a spot side by side, ``(n, c f)``."""

@@ -185,8 +185,9 @@ class STORM(Model):
         if batch.window is None or batch.xy_um is None:
             msg = "STORM reads windows of spots with coordinates; make batches with SlideInputs."
             raise InputError(msg)
-        present = batch.window >= 0
-        rows = batch.window.clamp_min(0)
+        window, xy_um = batch.window, batch.xy_um
+        present = window >= 0
+        rows = window.clamp_min(0)
         tokens: dict[str, Tensor] = {}
         batch = self._known_modalities(batch)
         features = None if self.image is None else self.image.features(batch)
@@ -199,7 +200,7 @@ class STORM(Model):
         if not tokens:
             msg = "The batch has neither H&E nor counts that the model reads."
             raise InputError(msg)
-        xy = batch.xy_um[rows]
+        xy = xy_um[rows]
         image = present if "image" in tokens else torch.zeros_like(present)
         return Windows(rows, present, image, gene, tokens, features, xy, self.spatial.bias(xy))
 

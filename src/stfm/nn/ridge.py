@@ -210,7 +210,8 @@ def _directions(basis: Basis, weights: NDArray[np.float64], n: int) -> NDArray[n
     values, left = np.linalg.eigh(fitted @ fitted.T)
     strongest = np.argsort(values)[::-1][:n]
     right: NDArray[np.float64] = left[:, strongest].T @ fitted
-    return right / np.maximum(np.linalg.norm(right, axis=1, keepdims=True), 1e-12)
+    right /= np.maximum(np.linalg.norm(right, axis=1, keepdims=True), 1e-12)
+    return right
 
 
 def _by_penalty(grid: Sequence[Choice]) -> dict[tuple[int, float], list[int]]:
