@@ -159,3 +159,20 @@ def test_few_spots_fill_few_directions():
     table = fitted(low_rank()[:3])
     assert int(table.embedding.detach().any(dim=0).sum()) == 2
     assert torch.isfinite(table.read(low_rank()[:3])).all()
+
+
+@pytest.mark.parametrize("likelihood", ["gaussian", "nb"])
+def test_genes_that_come_later_are_learned_and_the_others_stay(x: torch.Tensor, likelihood: str):
+    before = torch.ones(N, G, dtype=torch.bool)
+    before[:, 1000:] = False
+    table = fitted(torch.where(before, x, 0.0), before, likelihood=likelihood).requires_grad_(False)
+    assert int(table.known.sum()) == 1000
+    kept = {name: value[:1000].clone() for name, value in table.state_dict().items() if value.ndim and len(value) == G}
+    assert table.learn(x, torch.full((N,), 5000.0)) == 200
+    assert bool(table.known.all())
+    for name, value in kept.items():
+        assert torch.equal(table.state_dict()[name][:1000], value)
+    written = table.expression(table.write(table.read(torch.where(before, x, 0.0), before)))[:, 1000:]
+    r = [np.corrcoef(written[:, g].numpy(), x[:, 1000 + g].numpy())[0, 1] for g in range(0, 200, 10)]
+    assert np.mean(r) > 0.7  # the noise leaves 0.89
+    assert table.learn(x, torch.full((N,), 5000.0)) == 0

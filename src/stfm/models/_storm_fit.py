@@ -30,6 +30,23 @@ _MAX_KEPT = 1_000_000
 
 def fit_table(table: GeneTable, slides: Sequence[SlideInputs]) -> float:
     """Fit the gene table on a sample of the spots; return the median of their totals."""
+    x, total, mask = _sampled(table, slides)
+    device = table.embedding.device
+    table.cpu().fit(x, total, mask)
+    table.to(device)
+    return float(total.median())
+
+
+def learn_genes(table: GeneTable, slides: Sequence[SlideInputs]) -> int:
+    """Let the gene table learn genes that it does not know yet; return how many."""
+    device = table.embedding.device
+    learned = table.cpu().learn(*_sampled(table, slides))
+    table.to(device)
+    return learned
+
+
+def _sampled(table: GeneTable, slides: Sequence[SlideInputs]) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return log-normalised expression, totals and panels of a sample of the spots."""
     values, masks, totals = [], [], []
     for slide, index in sample_spots(slides, len(table.known)):
         batch = slide.spots(index)
@@ -38,11 +55,8 @@ def fit_table(table: GeneTable, slides: Sequence[SlideInputs]) -> float:
         values.append(batch.counts)
         totals.append(batch.totals)
         masks.append(torch.ones_like(batch.counts, dtype=torch.bool) if batch.gene_mask is None else batch.gene_mask)
-    mask, total = torch.cat(masks), torch.cat(totals)
-    device = table.embedding.device
-    table.cpu().fit(torch.cat(values), total, None if bool(mask.all()) else mask)
-    table.to(device)
-    return float(total.median())
+    mask = torch.cat(masks)
+    return torch.cat(values), torch.cat(totals), None if bool(mask.all()) else mask
 
 
 def fit_image_scale(image: ImageTokens, slides: Sequence[SlideInputs]) -> None:

@@ -166,6 +166,9 @@ class Model(nn.Module, ABC):
             Whether the model did not learn from them.
         """
 
+    def adapt_inputs(self, slides: Sequence[SlideInputs]) -> None:
+        """Take what changes from the slides that a trained model goes on with; nothing by default."""
+
     def ready(self, slides: Sequence[SlideInputs]) -> None:
         """Do once for slides what would be done in each batch, when the model is fitted; nothing by default."""
 

@@ -15,7 +15,7 @@ from stfm._validate import check_choice
 from stfm.models._slots import build_gene, build_image, check_batch, fit_gene_encoder
 from stfm.models._storm_calibrate import fit_calibration, fit_expected_variance
 from stfm.models._storm_field import LatentField, fit_field
-from stfm.models._storm_fit import fit_image_scale, fit_table, fit_window_regression, keep_scaled_features
+from stfm.models._storm_fit import fit_image_scale, fit_table, fit_window_regression, keep_scaled_features, learn_genes
 from stfm.models._storm_linear import WindowRegression, window_features
 from stfm.models._storm_spatial import Decoder, Shown, SpatialEncoder, draw_masks
 from stfm.models._storm_tokens import ImageTokens
@@ -401,6 +401,15 @@ class STORM(Model):
         if self.image is not None:
             fit_image_scale(self.image, slides)
             if self.linear is not None:
+                fit_window_regression(self.linear, self.image, with_counts)
+
+    def adapt_inputs(self, slides: Sequence[SlideInputs]) -> None:
+        """Learn genes that no slide had before, and fit the regression on windows to the new slides."""
+        with_counts = [slide for slide in slides if slide.has_gene]
+        self.trained_on |= int(any(slide.has_image for slide in slides)) + 2 * bool(with_counts)
+        if with_counts:
+            learn_genes(self.table, with_counts)
+            if self.image is not None and self.linear is not None:
                 fit_window_regression(self.linear, self.image, with_counts)
 
     def calibrate(self, slides: Sequence[SlideInputs], *, held_out: bool) -> None:

@@ -93,7 +93,32 @@ class GeneTable(nn.Module):
         self.mean.copy_(mean)
         self.scale.copy_(torch.where(self.known, deviation.clamp_min(_FLOOR), torch.ones_like(deviation)))
         self._fit_directions(self.standardise(x, mask))
-        self._fit_rates(counts_of(x, totals) * there, totals[:, None] * there, n)
+        self._fit_rates(counts_of(x, totals) * there, totals[:, None] * there, n, torch.ones_like(self.known))
+
+    @torch.no_grad()
+    def learn(self, x: Tensor, totals: Tensor, mask: Tensor | None = None) -> int:
+        """Learn genes that were not known from spots that measured them beside known ones; return how many.
+
+        A spot is read by its known genes; the embedding of a new gene is the ridge regression of its standardised
+        expression on what was read. Arguments as of :meth:`fit`.
+        """
+        there = torch.ones_like(x, dtype=torch.bool) if mask is None else mask
+        new = there.any(dim=0) & ~self.known
+        if not bool(new.any()):
+            return 0
+        rows = there[:, new].any(dim=1)
+        x, totals, there = x[rows], totals[rows], there[rows]
+        u = self.read(x, there)
+        n = there.sum(dim=0).clamp_min(1).to(x.dtype)
+        mean = (x * there).sum(dim=0) / n
+        deviation = (((x - mean).square() * there).sum(dim=0) / n).sqrt().clamp_min(_FLOOR)
+        self.mean[new], self.scale[new] = mean[new], deviation[new]
+        z = self.standardise(x, there)[:, new]
+        system = u.T @ u + self.noise * torch.eye(self.width)
+        self.embedding[new] = torch.linalg.solve(system, u.T @ z).T
+        self._fit_rates(counts_of(x, totals) * there, totals[:, None] * there, n, new)
+        self.known |= new
+        return int(new.sum())
 
     def _fit_directions(self, z: Tensor) -> None:
         rank = min(self.width, min(z.shape) - 1)
@@ -107,22 +132,23 @@ class GeneTable(nn.Module):
         unseen = ~self.known
         self.embedding[unseen] = torch.randn(int(unseen.sum()), self.width).to(self.embedding) * 0.01
 
-    def _fit_rates(self, counts: Tensor, totals: Tensor, n: Tensor) -> None:
+    def _fit_rates(self, counts: Tensor, totals: Tensor, n: Tensor, genes: Tensor) -> None:
+        """Set offset, step and spread of some genes (a mask) from their counts."""
         share = (counts.sum(dim=0) / totals.sum(dim=0).clamp_min(1.0)).clamp_min(_RARE)
-        self.log_share.copy_(share.log())
+        self.log_share[genes] = share.log()[genes]
         expected = share * totals
         excess = ((counts - expected).square() - counts).sum(dim=0) / n
         theta = (expected.square().sum(dim=0) / n) / excess.clamp_min(1e-8)
         if self.likelihood == "gaussian":
-            self.offset.copy_(self.mean)
-            self.log_step.copy_(self.scale.log())
-            self.log_spread.copy_(2 * self.scale.log())
+            self.offset[genes] = self.mean[genes]
+            self.log_step[genes] = self.scale.log()[genes]
+            self.log_spread[genes] = 2 * self.scale.log()[genes]
             return
-        self.offset.copy_(self.log_share)
+        self.offset[genes] = self.log_share[genes]
         # Slope of the log rate for a step of the log-normalised value: d log(r) / d log1p(1e4 r) = (1 + 1e4 r) / 1e4 r.
         slope = (1 + TARGET_SUM * share) / (TARGET_SUM * share)
-        self.log_step.copy_((self.scale * slope).clamp(max=1.0).log())
-        self.log_spread.copy_(torch.where(self.known, theta, _DISPERSION).clamp(0.05, 100.0).log())
+        self.log_step[genes] = (self.scale * slope).clamp(max=1.0).log()[genes]
+        self.log_spread[genes] = torch.where(n > 1, theta, _DISPERSION).clamp(0.05, 100.0).log()[genes]
 
     def standardise(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return ``(x - mean) / scale``, 0 where a gene was not measured."""

@@ -49,6 +49,7 @@ def fit(
     validation: Sequence[Slide] = (),
     prepare: Callable[[Model, Sequence[SlideInputs]], None] | None = None,
     fit_inputs: bool = True,
+    adapt: bool = False,
     resume: str | Path | bool | None = None,
     checkpoint_dir: str | Path | None = None,
     seed: int = 0,
@@ -73,6 +74,8 @@ def fit(
     fit_inputs
         Whether the model may estimate what it needs from the training slides (``Model.fit_inputs``); off when it
         continues from trained weights.
+    adapt
+        Whether a model that was trained before takes what it can from the new slides (``Model.adapt_inputs``).
     resume
         Checkpoint to go on from; True takes the newest of ``checkpoint_dir`` if there is one.
     checkpoint_dir
@@ -107,6 +110,8 @@ def fit(
         prepare(model, inputs)
     if fit_inputs:
         model.fit_inputs(inputs[: len(train)])
+    elif adapt:
+        model.adapt_inputs(inputs[: len(train)])
     model.ready(inputs)
     keep_tiles(inputs, recipe.cache_gb)
     if folder is not None:
@@ -160,13 +165,16 @@ def fit_stages(
         warnings.warn(msg, StfmWarning, stacklevel=3)
         recipe = recipe.replace(flips=False)
     with tuned(model, recipe, seed=how.get("seed", 0)) as restrict:
+        adapt = model.history is not None
         for stage in stages:
             folder = None if checkpoint_dir is None else Path(checkpoint_dir)
             if stage is not None:
                 model.stage = stage
                 folder = None if folder is None else folder / stage
             restrict()
-            fit(model, train, recipe, fit_inputs=model.history is None, checkpoint_dir=folder, **how)
+            first = model.history is None
+            fit(model, train, recipe, fit_inputs=first, adapt=adapt, checkpoint_dir=folder, **how)
+            adapt = False
     return model
 
 
