@@ -74,7 +74,7 @@ class SpatialEncoder(nn.Module):
         self.distance = DistanceBias(config.heads, unit_um=config.distance_unit_um, learned=config.learn_slopes)
         self.use_distance = config.distance_bias and config.ablation != "no-distance"
         shared = config.shared_experts or config.ablation == "shared-experts"
-        rates = torch.linspace(0, config.drop_path, config.depth).tolist()
+        rates = [config.drop_path * i / max(1, config.depth - 1) for i in range(config.depth)]
         self.blocks = nn.ModuleList(
             ExpertBlock(
                 config.width,
