@@ -8,7 +8,7 @@ import torch
 from fake_model import make_slide
 
 from stfm.nn.batch import Batch
-from stfm.training.augment import augment, drop_genes, jitter_stain, thin_counts, turn
+from stfm.training.augment import augment, crop, drop_genes, jitter_stain, thin_counts, turn
 from stfm.training.recipes import Recipe
 
 
@@ -22,6 +22,29 @@ def test_turn_gives_the_eight_symmetries():
     assert torch.equal(turned[0], one[0])
     assert len({t.numpy().tobytes() for t in turned}) == 8
     assert all(torch.equal(t.flatten(1).sort(1).values, one[0].flatten(1).sort(1).values) for t in turned)
+
+
+def test_crop_of_the_whole_tile_changes_nothing():
+    x = tiles()
+    assert torch.equal(crop(x, torch.tensor([[1.0, 0.3, -0.7]]).expand(16, -1)), x)
+
+
+def test_crop_shows_the_square_that_was_asked_for():
+    x = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+    x[:, :, :4, 4:] = 200  # the upper right quarter
+    box = torch.tensor([[0.5, 1.0, -1.0], [0.5, -1.0, 1.0]])  # that quarter, and the one across
+    shown = crop(x, box)
+    assert shown[0, :, 1:-1, 1:-1].eq(200).all()
+    assert shown[1, :, 1:-1, 1:-1].eq(0).all()
+
+
+def test_all_tiles_of_a_spot_are_cut_alike():
+    one = tiles(4, 8)
+    batch = Batch(spot_tiles=one[:, None].repeat(1, 3, 1, 1, 1))
+    changed = augment(batch, Recipe(flips=False, crop=0.5), np.random.default_rng(0)).spot_tiles
+    assert not torch.equal(changed[:, 0], one)
+    assert torch.equal(changed[:, 0], changed[:, 1])
+    assert torch.equal(changed[:, 0], changed[:, 2])
 
 
 def test_stain_jitter_of_one_changes_nothing_and_white_stays_white():

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from stfm.slide.slide import Slide
     from stfm.training.recipes import Recipe
 
-__all__ = ["augment", "drop_genes", "jitter_stain", "thin_counts", "turn"]
+__all__ = ["augment", "crop", "drop_genes", "jitter_stain", "thin_counts", "turn"]
 
 #: Optical density (RGB) of haematoxylin, eosin and a residual, of Ruifrok & Johnston (2001), rows of unit length.
 _STAINS = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
@@ -69,6 +70,30 @@ def jitter_stain(tiles: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return light.round_().clamp_(0, 255).to(torch.uint8).view_as(tiles)
 
 
+def crop(tiles: torch.Tensor, box: torch.Tensor) -> torch.Tensor:
+    """Cut a square out of each tile and show it at the tile's size (bilinear).
+
+    Parameters
+    ----------
+    tiles
+        uint8 ``(b, 3, s, s)``.
+    box
+        float ``(b, 3)``: side of the square as a share of the tile's, and its middle in x and y, from -1 to 1 of the
+        room that is left; (1, 0, 0) changes nothing.
+
+    Returns
+    -------
+    uint8 tensor like ``tiles``.
+    """
+    side = box[:, 0].float()
+    theta = torch.zeros(len(box), 2, 3)
+    theta[:, 0, 0] = theta[:, 1, 1] = side
+    theta[:, :, 2] = box[:, 1:].float() * (1 - side)[:, None]
+    grid = F.affine_grid(theta, list(tiles.shape), align_corners=False)
+    shown = F.grid_sample(tiles.float(), grid, padding_mode="border", align_corners=False)
+    return shown.round_().clamp_(0, 255).to(torch.uint8)
+
+
 def drop_genes(batch: Batch, share: float, rng: np.random.Generator) -> Batch:
     """Set a share of the genes to zero, the same ones in the spot's and the niche's counts."""
     counts = batch.counts if batch.counts is not None else batch.niche_counts
@@ -82,12 +107,16 @@ def drop_genes(batch: Batch, share: float, rng: np.random.Generator) -> Batch:
 
 
 def augment(batch: Batch, recipe: Recipe, rng: np.random.Generator) -> Batch:
-    """Return a batch with turned tiles, other stains and fewer genes, as the recipe says."""
+    """Return a batch with turned and cut tiles, other stains and fewer genes, as the recipe says."""
     size = batch.n_rows
     tiles = {name: t for name in ("spot_tiles", "niche_tiles") if (t := getattr(batch, name)) is not None}
     if recipe.flips and tiles:
         which = torch.from_numpy(rng.integers(0, _N_TURNS, size))
         batch = replace(batch, **{name: _each(turn, t, which) for name, t in tiles.items()})
+    if recipe.crop > 0 and tiles:
+        side = rng.uniform(1 - recipe.crop, 1, (size, 1))
+        box = torch.from_numpy(np.concatenate([side, rng.uniform(-1, 1, (size, 2))], axis=1))
+        batch = replace(batch, **{name: _each(crop, getattr(batch, name), box) for name in tiles})
     if recipe.stain_jitter > 0 and tiles:
         scale = torch.from_numpy(rng.uniform(1 - recipe.stain_jitter, 1 + recipe.stain_jitter, (size, 3)))
         batch = replace(batch, **{name: _each(jitter_stain, getattr(batch, name), scale) for name in tiles})

@@ -24,7 +24,15 @@ _CHOICES = {
     "keep": ("best", "last"),
     "tune": ("full", "head", "lora"),
 }
-_SHARES = ("min_lr_ratio", "layer_decay", "validation_fraction", "stain_jitter", "count_thinning", "gene_dropout")
+_SHARES = (
+    "min_lr_ratio",
+    "layer_decay",
+    "validation_fraction",
+    "crop",
+    "stain_jitter",
+    "count_thinning",
+    "gene_dropout",
+)
 _COUNTS = ("epochs", "max_steps", "batch_size", "accumulate", "patience", "checkpoint_every", "lora_rank")
 
 
@@ -86,6 +94,8 @@ class Recipe:
         Rank of the additions, and the number that scales them (α / rank).
     flips
         Turn and mirror tiles at random (both tiles of a spot alike).
+    crop
+        Largest share of a tile's side that is cut away at random, the rest shown at the tile's size; 0 is off.
     stain_jitter
         Largest relative change of haematoxylin, eosin and residual in optical density; 0 is off.
     count_thinning
@@ -122,6 +132,7 @@ class Recipe:
     lora_rank: int = 8
     lora_alpha: float = 16.0
     flips: bool = True
+    crop: float = 0.0
     stain_jitter: float = 0.0
     count_thinning: float = 0.0
     gene_dropout: float = 0.0
@@ -190,7 +201,7 @@ RECIPES: dict[str, Recipe] = {
     "paper": Recipe(batch_size=512, clip_grad_norm=None, decay_all=True, flips=False),
     "small": Recipe(epochs=30, max_steps=50, batch_size=256, lr=1e-3, gene_dropout=0.2),
     "tiny": Recipe(epochs=20, max_steps=60, batch_size=128, lr=2e-3, gene_dropout=0.2),
-    # STORM's own, as its paper states it (40 of 1000 epochs of warm-up); its small sizes are ours.
+    # STORM's own, as its paper states it (40 of 1000 epochs of warm-up); its small sizes are ours, and so is the jitter of stains.
     "storm": Recipe(
         epochs=1000,
         batch_size=1024,
@@ -199,6 +210,8 @@ RECIPES: dict[str, Recipe] = {
         weight_decay_end=0.05,
         warmup=0.04,
         layer_decay=0.7,
+        crop=0.3,
+        stain_jitter=0.1,
     ),
     "storm-small": Recipe(
         epochs=12,
