@@ -201,7 +201,7 @@ RECIPES: dict[str, Recipe] = {
     "paper": Recipe(batch_size=512, clip_grad_norm=None, decay_all=True, flips=False),
     "small": Recipe(epochs=30, max_steps=50, batch_size=256, lr=1e-3, gene_dropout=0.2),
     "tiny": Recipe(epochs=20, max_steps=60, batch_size=128, lr=2e-3, gene_dropout=0.2),
-    # STORM's own, as its paper states it (40 of 1000 epochs of warm-up); its small sizes are ours, and so is the jitter of stains.
+    # STORM as its paper states it (40 of 1000 epochs of warm-up); its small sizes and the jitter of stains are ours.
     "storm": Recipe(
         epochs=1000,
         batch_size=1024,
