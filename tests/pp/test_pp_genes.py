@@ -42,7 +42,7 @@ def test_species_can_be_said(adata):
 
 
 def test_refusals(adata):
-    with pytest.raises(InputError, match="only 0 of 2 genes match.*p1, p2, p3.*var_key="):
+    with pytest.raises(InputError, match="only 0 of 2 genes match.*p1, p2, p3.*into adata.var_names"):
         sf.pp.match_genes(adata, ["EPCAM", "CD3E"])
     with pytest.raises(MissingKeyError, match="'symbol' is no column of var"):
         sf.pp.match_genes(adata, ["EPCAM"], var_key="symbol")

@@ -106,7 +106,7 @@ def test_guards_leave_the_object_untouched(tissue: ad.AnnData, model):
             sf.tl.attribute(one, model, **options)
     assert "attribution" not in one.obs
     assert "attribution" not in one.uns
-    with pytest.raises(WrongTypeError, match="must be a trained model or the folder"):
+    with pytest.raises(WrongTypeError, match="must be a model or the folder"):
         sf.tl.attribute(one, 3, target=gene, spots=spot)
 
 
