@@ -424,7 +424,7 @@ class TestPrediction:
             has_gene=True,
             has_image=True,
             n_obs=12,
-            match=SimpleNamespace(mask=np.arange(N_GENES) < 30),
+            measured_genes=np.arange(N_GENES) < 30,
             batch=lambda index: batch.take(torch.from_numpy(index)),
             expression=lambda index: batch.counts[torch.from_numpy(index)].numpy(),
         )
@@ -449,7 +449,7 @@ class TestPrediction:
         halves = np.arange(N_GENES) < 20, (np.arange(N_GENES) >= 10) & (np.arange(N_GENES) < 30)
         slides = [
             SimpleNamespace(
-                has_gene=True, has_image=False, n_obs=9, match=SimpleNamespace(mask=mask),
+                has_gene=True, has_image=False, n_obs=9, match=SimpleNamespace(mask=mask), measured_genes=mask,
                 expression=lambda index: rng.random((len(index), N_GENES), dtype=np.float32),
             )
             for mask in halves

@@ -291,7 +291,10 @@ class TestDefined:
     def test_a_few_spots_at_one_place_are_rounding(self):
         coords = scattered(300)
         coords[7] = coords[8]
-        sf.pp.build_niches(make(coords))
+        adata = make(coords)
+        sf.pp.build_niches(adata)  # a warning would be an error here
+        assert adata.obsp["niche_distances"][7, 8] == 0.0
+        assert adata.obsp["niche_connectivities"][7, 8] == 1.0
 
     def test_patients_are_told_apart(self):
         patients = ["P1"] * 30 + ["P2"] * 30

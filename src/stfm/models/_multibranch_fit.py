@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from stfm.models._slots import sample_spots
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -27,7 +29,7 @@ def genes_measured(slides: Sequence[SlideInputs], n_genes: int) -> NDArray[np.bo
     found = np.zeros(n_genes, dtype=bool)
     for slide in slides:
         if slide.has_gene:
-            found |= True if slide.match is None else np.asarray(slide.match.mask, dtype=bool)
+            found |= slide.measured_genes
     return found
 
 
@@ -50,11 +52,9 @@ def squared_errors(model: Model, slides: Sequence[SlideInputs], n_genes: int) ->
     """Return the mean squared error of each gene predicted from H&E alone, and the spots that it was measured on."""
     slides = [slide for slide in slides if slide.has_gene and slide.has_image]
     n, total = torch.zeros(n_genes, dtype=torch.float64), torch.zeros(n_genes, dtype=torch.float64)
-    share = min(1.0, _MAX_SPOTS / max(1, sum(slide.n_obs for slide in slides)))
     device = next(model.parameters()).device
-    for slide in slides:
-        there = torch.from_numpy(genes_measured([slide], n_genes)).double()
-        chosen = np.unique(np.linspace(0, slide.n_obs - 1, max(2, int(share * slide.n_obs))).astype(np.int64))
+    for slide, chosen in sample_spots(slides, _MAX_SPOTS):
+        there = torch.from_numpy(slide.measured_genes).double()
         for start in range(0, len(chosen), _BATCH):
             index = chosen[start : start + _BATCH]
             predicted = model.predict(slide.batch(index).without("gene").to(device)).mean.cpu()

@@ -124,9 +124,13 @@ def _build(choice: EncoderChoice, vocabulary: Vocabulary | None, *, pretrained: 
     )
 
 
-def sample_spots(slides: Sequence[SlideInputs], n_genes: int) -> Iterator[tuple[SlideInputs, NDArray[np.int64]]]:
-    """Yield each slide with positions of some of its spots, the same share of all, so many as memory allows."""
-    most = max(2, min(MAX_FIT_SPOTS, MAX_FIT_VALUES // n_genes))
+def fit_limit(n_genes: int) -> int:
+    """Return how many spots of so many genes are held in memory to fit something on."""
+    return max(2, min(MAX_FIT_SPOTS, MAX_FIT_VALUES // n_genes))
+
+
+def sample_spots(slides: Sequence[SlideInputs], most: int) -> Iterator[tuple[SlideInputs, NDArray[np.int64]]]:
+    """Yield each slide with positions of some of its spots, the same share of all, about ``most`` together."""
     share = min(1.0, most / max(1, sum(s.n_obs for s in slides)))
     rng = np.random.default_rng(0)
     for slide in slides:
@@ -151,7 +155,7 @@ def fit_gene_encoder(encoder: GeneEncoder, slides: Sequence[SlideInputs], *, nic
         return
     values: list[Tensor] = []
     masks: list[Tensor] = []
-    for slide, index in sample_spots(slides, encoder.n_genes):
+    for slide, index in sample_spots(slides, fit_limit(encoder.n_genes)):
         dense = slide.niche_expression(index) if niche else slide.expression(index)
         values.append(torch.from_numpy(dense))
         measured = np.ones(encoder.n_genes, dtype=bool) if slide.match is None else slide.match.mask

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
+
+from stfm.models._slots import sample_spots
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import numpy as np
     from numpy.typing import NDArray
 
     from stfm.models._storm_linear import WindowRegression
@@ -58,10 +60,8 @@ def fit_calibration(
         return None
     n = torch.zeros(len(model.written_genes()), dtype=torch.float64)
     error, expected = torch.zeros_like(n), torch.zeros_like(n)
-    share = min(1.0, _MAX_SPOTS / sum(slide.n_obs for slide in slides))
-    for slide in slides:
-        there = torch.ones(len(n), dtype=torch.bool) if slide.match is None else torch.from_numpy(slide.match.mask)
-        chosen = np.unique(np.linspace(0, slide.n_obs - 1, max(2, int(share * slide.n_obs))).astype(np.int64))
+    for slide, chosen in sample_spots(slides, _MAX_SPOTS):
+        there = torch.from_numpy(slide.measured_genes)
         for start in range(0, len(chosen), _BATCH):
             index = chosen[start : start + _BATCH]
             squares, variance = _errors(model, slide, index)
@@ -85,10 +85,8 @@ def fit_expected_variance(model: Any, slides: Sequence[SlideInputs]) -> Tensor:
     gives it to begin with.
     """
     slides = [slide for slide in slides if slide.has_gene]
-    share = min(1.0, _MAX_SPOTS / sum(slide.n_obs for slide in slides))
     squares, n = torch.zeros(model.config.gene_width, dtype=torch.float64), 0
-    for slide in slides:
-        chosen = np.unique(np.linspace(0, slide.n_obs - 1, max(2, int(share * slide.n_obs))).astype(np.int64))
+    for slide, chosen in sample_spots(slides, _MAX_SPOTS):
         for start in range(0, len(chosen), _BATCH):
             batch = slide.batch(chosen[start : start + _BATCH]).to(model.calibration.device)
             windows, counts = model.windows(batch), batch.counts

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stfm.models._slots import sample_spots
+from stfm.models._slots import MAX_FIT_SPOTS, fit_limit, sample_spots
 from stfm.models._storm_linear import window_features
 
 if TYPE_CHECKING:
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from stfm.nn.gene_table import GeneTable
 
 _BATCH = 256
-#: spots that a table of image features is fitted on
-_MAX_SPOTS = 20_000
 #: spots whose scaled features are kept in memory
 _MAX_KEPT = 1_000_000
 
@@ -48,7 +46,7 @@ def learn_genes(table: GeneTable, slides: Sequence[SlideInputs]) -> int:
 def _sampled(table: GeneTable, slides: Sequence[SlideInputs]) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return log-normalised expression, totals and panels of a sample of the spots."""
     values, masks, totals = [], [], []
-    for slide, index in sample_spots(slides, len(table.known)):
+    for slide, index in sample_spots(slides, fit_limit(len(table.known))):
         batch = slide.spots(index)
         if batch.counts is None or batch.totals is None:
             continue
@@ -65,10 +63,8 @@ def fit_image_scale(image: ImageTokens, slides: Sequence[SlideInputs]) -> None:
         return
     shown = [slide for slide in slides if slide.has_image]
     if shown:
-        share = min(1.0, _MAX_SPOTS / sum(slide.n_obs for slide in shown))
-        picked = [(slide, _evenly(slide.n_obs, share)) for slide in shown]
         scaler: FeatureScaler = image.scaler  # type: ignore[assignment]
-        scaler.fit(torch.cat([_raw(image, slide, index) for slide, index in picked]))
+        scaler.fit(torch.cat([_raw(image, slide, index) for slide, index in sample_spots(shown, MAX_FIT_SPOTS)]))
 
 
 def keep_scaled_features(image: ImageTokens, slides: Sequence[SlideInputs]) -> None:
@@ -80,7 +76,7 @@ def keep_scaled_features(image: ImageTokens, slides: Sequence[SlideInputs]) -> N
         scaled = np.empty((slide.n_obs, image.width), np.float32)
         for start in range(0, slide.n_obs, _BATCH):
             index = np.arange(start, min(start + _BATCH, slide.n_obs))
-            scaled[index] = image.scaled(_raw(image, slide, index)).numpy()
+            scaled[index] = image.scaled(_raw(image, slide, index)).cpu().numpy()
         slide.take_features(scaled)
 
 
@@ -89,15 +85,9 @@ def fit_window_regression(linear: WindowRegression, image: ImageTokens, slides: 
     shown = [slide for slide in slides if slide.has_image]
     if not shown or not image.encoder.frozen:
         return
-    share = min(1.0, _MAX_SPOTS / sum(slide.n_obs for slide in shown))
     x, y, there, coords = [], [], [], []
-    for slide in shown:
-        index = _evenly(slide.n_obs, share)
-        scaled = image.scaled(_raw(image, slide, np.arange(slide.n_obs)))
-        window = torch.from_numpy(slide.windows[index].astype(np.int64))
-        rows = window.clamp_min(0)
-        xy = torch.from_numpy(slide.slide.coords.astype(np.float32))
-        x.append(window_features(scaled[rows], xy[rows], window >= 0))
+    for slide, index in sample_spots(shown, MAX_FIT_SPOTS):
+        x.append(_window_features(image, slide, index))
         y.append(torch.from_numpy(slide.expression(index)))
         there.append(torch.from_numpy(slide.measured_genes).expand(len(index), -1))
         coords.append(slide.slide.coords[index])
@@ -111,19 +101,26 @@ def _filled(y: list[Tensor], there: list[Tensor]) -> list[Tensor]:
     return [torch.where(kept, part, mean) for part, kept in zip(y, there, strict=True)]
 
 
-def _evenly(n: int, share: float) -> NDArray[np.int64]:
-    """Return positions spread evenly over a slide."""
-    return np.unique(np.linspace(0, n - 1, max(2, int(share * n))).astype(np.int64))
+@torch.no_grad()
+def _window_features(image: ImageTokens, slide: SlideInputs, index: NDArray[np.int64]) -> Tensor:
+    """Return what the regression reads of some spots, ``(b, 3 f)``; the spots of their windows are encoded once."""
+    window = slide.windows[index]
+    spots, place = np.unique(np.maximum(window, 0), return_inverse=True)
+    scaled = image.scaled(_raw(image, slide, spots.astype(np.int64))).cpu()
+    rows = torch.from_numpy(place.reshape(window.shape))
+    xy = torch.from_numpy(slide.slide.coords[spots].astype(np.float32))
+    return window_features(scaled[rows], xy[rows], torch.from_numpy(window >= 0))
 
 
 @torch.no_grad()
 def _raw(image: ImageTokens, slide: SlideInputs, index: NDArray[np.int64]) -> Tensor:
-    """Return raw features of some spots: those that are kept, else computed."""
+    """Return raw features of some spots, on the encoder's device: those that are kept, else computed."""
+    device = image.encoder.mean.device
     parts = []
     for start in range(0, len(index), _BATCH):
         features, tiles = slide.shown(index[start : start + _BATCH], "spot")
         if features is not None:
-            parts.append(features)
+            parts.append(features.to(device))
         elif tiles is not None:
-            parts.append(image.encode(tiles.to(image.encoder.mean.device)).cpu())
+            parts.append(image.encode(tiles.to(device)))
     return torch.cat(parts)

@@ -19,7 +19,7 @@ from stfm.models._card import model_card
 from stfm.slide.genes import Vocabulary
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     import pandas as pd
     from numpy.typing import NDArray
@@ -50,6 +50,22 @@ class Prediction:
 
     mean: Tensor
     deviation: Tensor
+
+
+@dataclass(frozen=True)
+class TunedParts:
+    """What of a model is tuned where not all of it is.
+
+    Attributes
+    ----------
+    blocks
+        Name of the part whose attention takes low-rank additions.
+    heads
+        By stage, how the names of the parameters of its heads begin.
+    """
+
+    blocks: str
+    heads: Mapping[str, tuple[str, ...]]
 
 
 @dataclass
@@ -89,6 +105,8 @@ class Model(nn.Module, ABC):
     family: ClassVar[str]
     #: stages of pretraining, in order
     stages: ClassVar[tuple[str, ...]] = ()
+    #: what ``tl.train(tune="head" | "lora")`` trains; None where a model is tuned in full only
+    tuned_parts: ClassVar[TunedParts | None] = None
     #: those of them that need H&E and counts of every slide
     paired_stages: ClassVar[tuple[str, ...]] = ("align",)
 

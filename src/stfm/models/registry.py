@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from stfm._validate import did_you_mean
 from stfm.models.base import Model, read_description
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     import pandas as pd
 
@@ -46,6 +47,41 @@ class ModelSpec:
     reference: str
     factory: type[Model]
     config: Callable[[], Any]
+
+
+def register_presets(
+    models: Registry[ModelSpec],
+    factory: type[Model],
+    rows: Mapping[str, tuple[str, str]],
+    *,
+    reference: str,
+    aliases: Mapping[str, tuple[str, ...]] | None = None,
+) -> None:
+    """Add the presets of a family: preset -> (registered name, what it is in a line).
+
+    Parameters
+    ----------
+    models
+        The registry.
+    factory
+        Class of the models; its configuration makes presets by name.
+    rows
+        Preset -> name and summary.
+    reference
+        The paper.
+    aliases
+        Other names by registered name.
+    """
+    for preset, (name, summary) in rows.items():
+        spec = ModelSpec(
+            name=name,
+            family=factory.family,
+            summary=summary,
+            reference=reference,
+            factory=factory,
+            config=partial(factory.config_class.preset, preset),
+        )
+        models.register(name, spec, aliases=(aliases or {}).get(name, ()))
 
 
 def _load_builtin() -> None:

@@ -13,7 +13,7 @@ from stfm._errors import InputError
 from stfm.models._slots import build_gene, build_image, check_batch, fit_gene_encoder
 from stfm.models.base import Embedding, Model
 from stfm.models.inputs import InputSpec
-from stfm.models.st_align_config import PRESETS, STAlignConfig
+from stfm.models.st_align_config import STAlignConfig
 from stfm.nn.fusion import ABFN, ConcatFusion, fill_missing
 from stfm.nn.heads import Projection
 from stfm.nn.losses import Temperature, contrastive_loss, excluded_pairs
@@ -314,22 +314,12 @@ def _both(output: LevelOutput, level: str) -> tuple[Tensor, Tensor]:
 
 def register(models: Registry[ModelSpec]) -> None:
     """Add ST-Align's sizes to the registry."""
-    from stfm.models.registry import ModelSpec
+    from stfm.models.registry import register_presets
 
-    summaries = {
+    rows = {
         "recommended": ("st-align", "ST-Align at the paper's size: ResNet-50, UNI, scGPT, AE-Gene 6 x 8"),
         "paper": ("st-align-paper", "the same, equations literally as printed"),
         "small": ("st-align-small", "light encoders in the four slots, d = 128; trains on two cores"),
         "tiny": ("st-align-tiny", "the lightest, d = 64; for tests and first looks"),
     }
-    for preset in PRESETS:
-        name, summary = summaries[preset]
-        spec = ModelSpec(
-            name=name,
-            family=STAlign.family,
-            summary=summary,
-            reference="arXiv:2411.16793",
-            factory=STAlign,
-            config=partial(STAlignConfig.preset, preset),
-        )
-        models.register(name, spec)
+    register_presets(models, STAlign, rows, reference="arXiv:2411.16793")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
@@ -19,9 +18,9 @@ from stfm.models._storm_fit import fit_image_scale, fit_table, fit_window_regres
 from stfm.models._storm_linear import WindowRegression, window_features
 from stfm.models._storm_spatial import Decoder, Shown, SpatialEncoder, draw_masks
 from stfm.models._storm_tokens import ImageTokens
-from stfm.models.base import Embedding, Model, Prediction
+from stfm.models.base import Embedding, Model, Prediction, TunedParts
 from stfm.models.inputs import InputSpec
-from stfm.models.storm_config import PRESETS, STAGES, STORMConfig
+from stfm.models.storm_config import STAGES, STORMConfig
 from stfm.nn.counts import gaussian_nll
 from stfm.nn.gene_table import GeneTable
 from stfm.nn.losses import Temperature, contrastive_loss
@@ -37,6 +36,9 @@ if TYPE_CHECKING:
     from stfm.models.registry import ModelSpec
     from stfm.nn.batch import Batch
     from stfm.slide.genes import Vocabulary
+
+
+_DECODERS = ("image_decoder.", "gene_decoder.", "image_log_variance")
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,9 @@ class STORM(Model):
     family: ClassVar[str] = "storm"
     config_class: ClassVar[type[Any]] = STORMConfig
     stages: ClassVar[tuple[str, ...]] = STAGES
+    tuned_parts: ClassVar[TunedParts | None] = TunedParts(
+        "spatial", {"mask": _DECODERS, "align": (*_DECODERS, "align_heads.", "temperature.")}
+    )
     config: STORMConfig
     typical_total: Tensor
     calibration: Tensor
@@ -246,10 +251,9 @@ class STORM(Model):
     def _mask_losses(self, batch: Batch) -> dict[str, Tensor]:
         windows = self.windows(batch)
         config = self.config
-        both = {"image", "gene"} <= set(windows.tokens)
         shown = draw_masks(
             windows.present, windows.image, windows.gene, n_visible=config.n_visible,
-            cross_share=config.cross_share if both or batch.counts is not None else 0.0,
+            cross_share=config.cross_share if batch.counts is not None else 0.0,
         )  # fmt: skip
         encoded = self.spatial(windows.tokens, shown, windows.bias)
         parts: dict[str, Tensor] = {}
@@ -310,8 +314,8 @@ class STORM(Model):
         Returns
         -------
         ``joint``: the spot's tokens after the spatial level (one stands in for the other where a modality is absent),
-        or the latent expression of its surroundings (``joint="field"``); ``image``, ``gene``: of one modality alone, in
-        the space where they were aligned; ``niche``: mean of the window's tokens.
+        or the latent expression of its surroundings (``joint="field"``); ``image``, ``gene``: of one modality alone,
+        in one space once ``stage="align"`` was trained; ``niche``: mean of the window's tokens.
         """
         windows = self.windows(batch)
         shown = windows.shown()
@@ -390,8 +394,7 @@ class STORM(Model):
 
     def fit_inputs(self, slides: Sequence[SlideInputs]) -> None:
         """Start from the training slides: gene table, scale of image features, regression on windows."""
-        with_counts = [slide for slide in slides if slide.has_gene]
-        self.trained_on |= int(any(slide.has_image for slide in slides)) + 2 * bool(with_counts)
+        with_counts = self._note(slides)
         if with_counts:
             self.typical_total.fill_(fit_table(self.table, with_counts))
             if self.field is not None:
@@ -400,17 +403,24 @@ class STORM(Model):
                 fit_gene_encoder(self.gene_encoder, with_counts, niche=False)
         if self.image is not None:
             fit_image_scale(self.image, slides)
-            if self.linear is not None:
-                fit_window_regression(self.linear, self.image, with_counts)
+        self._fit_regression(with_counts)
 
     def adapt_inputs(self, slides: Sequence[SlideInputs]) -> None:
         """Learn genes that no slide had before, and fit the regression on windows to the new slides."""
-        with_counts = [slide for slide in slides if slide.has_gene]
-        self.trained_on |= int(any(slide.has_image for slide in slides)) + 2 * bool(with_counts)
+        with_counts = self._note(slides)
         if with_counts:
             learn_genes(self.table, with_counts)
-            if self.image is not None and self.linear is not None:
-                fit_window_regression(self.linear, self.image, with_counts)
+        self._fit_regression(with_counts)
+
+    def _note(self, slides: Sequence[SlideInputs]) -> list[SlideInputs]:
+        """Remember which modalities training had; return the slides with counts."""
+        with_counts = [slide for slide in slides if slide.has_gene]
+        self.trained_on |= int(any(slide.has_image for slide in slides)) + 2 * bool(with_counts)
+        return with_counts
+
+    def _fit_regression(self, slides: Sequence[SlideInputs]) -> None:
+        if self.image is not None and self.linear is not None:
+            fit_window_regression(self.linear, self.image, slides)
 
     def calibrate(self, slides: Sequence[SlideInputs], *, held_out: bool) -> None:
         """Give the predicted deviations the size of the errors on these slides, gene by gene."""
@@ -449,22 +459,12 @@ def _mean(loss: Tensor, weight: Tensor | None = None) -> Tensor:
 
 def register(models: Registry[ModelSpec]) -> None:
     """Add STORM's sizes to the registry."""
-    from stfm.models.registry import ModelSpec
+    from stfm.models.registry import register_presets
 
-    summaries = {
+    rows = {
         "recommended": ("storm", "STORM with the paper's image tower (H0-mini) and a spatial level of 12 blocks"),
         "paper": ("storm-paper", "the same, masked to the letter: 5 visible spots a modality, nothing else"),
         "small": ("storm-small", "light towers, 2 blocks, d = 96; trains on two cores"),
         "tiny": ("storm-tiny", "the lightest, d = 48; for tests and first looks"),
     }
-    for preset in PRESETS:
-        name, summary = summaries[preset]
-        spec = ModelSpec(
-            name=name,
-            family=STORM.family,
-            summary=summary,
-            reference="arXiv:2604.03630",
-            factory=STORM,
-            config=partial(STORMConfig.preset, preset),
-        )
-        models.register(name, spec)
+    register_presets(models, STORM, rows, reference="arXiv:2604.03630")

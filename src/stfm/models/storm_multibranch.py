@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import numpy as np
@@ -18,9 +17,9 @@ from stfm.models._multibranch_fit import colour_scale, genes_measured, squared_e
 from stfm.models._multibranch_network import TissueNetwork
 from stfm.models._multibranch_parts import Tissue, mean_where
 from stfm.models._slots import check_batch, fit_gene_encoder
-from stfm.models.base import Embedding, Prediction
+from stfm.models.base import Embedding, Prediction, TunedParts
 from stfm.models.inputs import InputSpec
-from stfm.models.storm_multibranch_config import PRESETS, STAGES, StormMultiBranchConfig
+from stfm.models.storm_multibranch_config import STAGES, StormMultiBranchConfig
 from stfm.nn.alignment import match_loss, place_contrast, sample_contrast
 from stfm.nn.attention import Attention
 from stfm.nn.lora import LoRALinear
@@ -63,6 +62,7 @@ class StormMultiBranch(TissueNetwork):
     """
 
     family: ClassVar[str] = "storm-multibranch"
+    tuned_parts: ClassVar[TunedParts | None] = TunedParts("encoder", {"mask": ("image_decoder.", "gene_decoder.")})
     paired_stages: ClassVar[tuple[str, ...]] = ("mask", "align")
 
     def __init__(
@@ -431,29 +431,17 @@ def _smooth_l1(predicted: Tensor, target: Tensor, counted: Tensor | None = None)
 
 def register(models: Registry[ModelSpec]) -> None:
     """Add the multi-branch STORM's sizes to the registry."""
-    from stfm.models.registry import ModelSpec
+    from stfm.models.registry import register_presets
 
     rows = {
-        "published": (
-            "storm-multibranch",
-            "STORM of two branches at its published size (SQUALL); image of bins",
-            ("squall",),
-        ),
-        "base": ("storm-multibranch-base", "the same of 12 blocks of width 384, a token a spot", ()),
-        "small": (
-            "storm-multibranch-small",
-            "the same of 6 blocks of width 128, a token a spot; trains on two cores",
-            (),
-        ),
+        "published": ("storm-multibranch", "STORM of two branches at its published size (SQUALL); image of bins"),
+        "base": ("storm-multibranch-base", "the same of 12 blocks of width 384, a token a spot"),
+        "small": ("storm-multibranch-small", "the same of 6 blocks of width 128, a token a spot; trains on two cores"),
     }
-    for preset in PRESETS:
-        name, summary, aliases = rows[preset]
-        spec = ModelSpec(
-            name=name,
-            family=StormMultiBranch.family,
-            summary=summary,
-            reference="doi:10.64898/2026.06.01.729028",
-            factory=StormMultiBranch,
-            config=partial(StormMultiBranchConfig.preset, preset),
-        )
-        models.register(name, spec, aliases=aliases)
+    register_presets(
+        models,
+        StormMultiBranch,
+        rows,
+        reference="doi:10.64898/2026.06.01.729028",
+        aliases={"storm-multibranch": ("squall",)},
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -23,28 +23,14 @@ __all__ = ["check_tune", "tuned", "tuned_stages"]
 _ADAPTER = "default"
 
 
-class _Parts(NamedTuple):
-    """Of a family: the module with the blocks, and by stage the names that its heads start with."""
-
-    blocks: str
-    heads: dict[str, tuple[str, ...]]
-
-
-_STORM_DECODERS = ("image_decoder.", "gene_decoder.", "image_log_variance")
-_PARTS = {
-    "storm": _Parts("spatial", {"mask": _STORM_DECODERS, "align": (*_STORM_DECODERS, "align_heads.", "temperature.")}),
-    "storm-multibranch": _Parts("encoder", {"mask": ("image_decoder.", "gene_decoder.")}),
-}
-
-
 def check_tune(model: Model, tune: str) -> None:
     """Refuse what a model cannot be adapted by."""
     if tune == "full":
         return
-    if model.family not in _PARTS:
+    if model.tuned_parts is None:
         msg = (
-            f"tune={tune!r} is for {' and '.join(map(repr, _PARTS))}; a {model.family!r} model is tuned in full, with "
-            "encoders as the mode= of their EncoderChoice says."
+            f"tune={tune!r} is for models with decoders (storm, storm-multibranch); a {model.family!r} model is tuned "
+            "in full, with encoders as the mode= of their EncoderChoice says."
         )
         raise InputError(msg)
     mode = getattr(model.config, "mode", "full")
@@ -57,9 +43,9 @@ def check_tune(model: Model, tune: str) -> None:
 
 def tuned_stages(model: Model, tune: str) -> tuple[str, ...]:
     """Return the stages in which there is something to train."""
-    if tune != "head":
+    if tune != "head" or model.tuned_parts is None:
         return model.stages
-    return tuple(stage for stage in model.stages if stage in _PARTS[model.family].heads)
+    return tuple(stage for stage in model.stages if stage in model.tuned_parts.heads)
 
 
 @contextmanager
@@ -83,10 +69,10 @@ def tuned(model: Model, recipe: Recipe, *, seed: int = 0) -> Iterator[Callable[[
     A function to call when the model's stage was set: it freezes what is not tuned.
     """
     check_tune(model, recipe.tune)
-    if recipe.tune == "full":
+    parts = model.tuned_parts
+    if recipe.tune == "full" or parts is None:
         yield lambda: None
         return
-    parts = _PARTS[model.family]
     heads = tuple(prefix for prefixes in parts.heads.values() for prefix in prefixes)
     before = {name: p.requires_grad for name, p in model.named_parameters()}
     root = cast("nn.Module", getattr(model, parts.blocks))
