@@ -103,6 +103,8 @@ class Model(nn.Module, ABC):
 
     #: name of the family in the registry
     family: ClassVar[str]
+    #: whether a new model needs a vocabulary
+    reads_genes: ClassVar[bool] = True
     #: stages of pretraining, in order
     stages: ClassVar[tuple[str, ...]] = ()
     #: what ``tl.train(tune="head" | "lora")`` trains; None where a model is tuned in full only

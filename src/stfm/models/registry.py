@@ -85,7 +85,7 @@ def register_presets(
 
 
 def _load_builtin() -> None:
-    for module in ("st_align", "contrastive", "storm", "storm_multibranch"):
+    for module in ("st_align", "contrastive", "storm", "storm_multibranch", "tile_views"):
         import_module(f"stfm.models.{module}").register(MODELS)
 
 
@@ -123,7 +123,7 @@ def create(model: str | Any, vocabulary: Vocabulary | None = None, *, pretrained
         spec = MODELS.get(model)
         factory, config = spec.factory, spec.config()
     else:
-        factory, config = _class_of(model), model
+        factory, config = class_of(model), model
     names = [f.name for f in fields(config)]
     for name in changes:
         if name not in names:
@@ -199,7 +199,11 @@ def _size(name: str) -> int:
         return create(name, vocabulary, pretrained=False).n_parameters
 
 
-def _class_of(config: Any) -> type[Model]:
+def class_of(model: str | Any) -> type[Model]:
+    """Return the class of a model by its registered name or its configuration."""
+    if isinstance(model, str):
+        return MODELS.get(model).factory
+    config = model
     for spec in MODELS:
         if type(config) is spec.factory.config_class:
             return spec.factory

@@ -14,7 +14,7 @@ from stfm._keys import SPATIAL
 from stfm._validate import resolve_rng
 from stfm.inference.features import use_frozen_features
 from stfm.models.base import Model
-from stfm.models.registry import create, load, nearest_name
+from stfm.models.registry import class_of, create, load, nearest_name
 from stfm.slide.read import as_slides
 from stfm.training.engine import fit_stages, resolve_accelerator, resolve_precision
 from stfm.training.genes import make_vocabulary
@@ -238,7 +238,7 @@ def _named(model: Any, start: Model | None) -> str | Model:
 
 def _create(model: Any, slides: Sequence[Slide], genes: Genes, config: Mapping[str, Any] | None, seed: int) -> Model:
     """Make a new model; the user's random numbers are left alone."""
-    vocabulary = make_vocabulary(slides, genes)
+    vocabulary = make_vocabulary(slides, genes) if class_of(model).reads_genes else None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return create(model, vocabulary, **(config or {}))

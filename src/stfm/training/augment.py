@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Iterator
 
     from stfm.nn.batch import Batch
     from stfm.slide.slide import Slide
     from stfm.training.recipes import Recipe
+
+_Change: TypeAlias = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 __all__ = ["augment", "crop", "drop_genes", "jitter_stain", "thin_counts", "turn"]
 
@@ -108,24 +111,27 @@ def drop_genes(batch: Batch, share: float, rng: np.random.Generator) -> Batch:
 
 def augment(batch: Batch, recipe: Recipe, rng: np.random.Generator) -> Batch:
     """Return a batch with turned and cut tiles, other stains and fewer genes, as the recipe says."""
-    size = batch.n_rows
-    tiles = {name: t for name in ("spot_tiles", "niche_tiles") if (t := getattr(batch, name)) is not None}
-    if recipe.flips and tiles:
-        which = torch.from_numpy(rng.integers(0, _N_TURNS, size))
-        batch = replace(batch, **{name: _each(turn, t, which) for name, t in tiles.items()})
-    if recipe.crop > 0 and tiles:
-        side = rng.uniform(1 - recipe.crop, 1, (size, 1))
-        box = torch.from_numpy(np.concatenate([side, rng.uniform(-1, 1, (size, 2))], axis=1))
-        batch = replace(batch, **{name: _each(crop, getattr(batch, name), box) for name in tiles})
-    if recipe.stain_jitter > 0 and tiles:
-        scale = torch.from_numpy(rng.uniform(1 - recipe.stain_jitter, 1 + recipe.stain_jitter, (size, 3)))
-        batch = replace(batch, **{name: _each(jitter_stain, getattr(batch, name), scale) for name in tiles})
+    there = {name: t for name in ("spot_tiles", "niche_tiles") if (t := getattr(batch, name)) is not None}
+    groups = [[name] for name in there] if recipe.views == "apart" else [list(there)] if there else []
+    for names in groups:
+        for change, amount in _draw(recipe, batch.n_rows, rng):
+            there.update({name: _each(change, there[name], amount) for name in names})
+            batch = replace(batch, **{name: there[name] for name in names})
     return drop_genes(batch, recipe.gene_dropout, rng)
 
 
-def _each(
-    change: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], tiles: torch.Tensor, amount: torch.Tensor
-) -> torch.Tensor:
+def _draw(recipe: Recipe, size: int, rng: np.random.Generator) -> Iterator[tuple[_Change, torch.Tensor]]:
+    """Yield what is done to tiles, with how much of it for each spot."""
+    if recipe.flips:
+        yield turn, torch.from_numpy(rng.integers(0, _N_TURNS, size))
+    if recipe.crop > 0:
+        side = rng.uniform(1 - recipe.crop, 1, (size, 1))
+        yield crop, torch.from_numpy(np.concatenate([side, rng.uniform(-1, 1, (size, 2))], axis=1))
+    if recipe.stain_jitter > 0:
+        yield jitter_stain, torch.from_numpy(rng.uniform(1 - recipe.stain_jitter, 1 + recipe.stain_jitter, (size, 3)))
+
+
+def _each(change: _Change, tiles: torch.Tensor, amount: torch.Tensor) -> torch.Tensor:
     """Change all tiles of a spot alike, be it one ``(b, 3, h, w)`` or several ``(b, c, 3, h, w)``."""
     if tiles.ndim == 4:
         return change(tiles, amount)

@@ -23,6 +23,7 @@ _CHOICES = {
     "precision": ("auto", "fp32", "bf16"),
     "keep": ("best", "last"),
     "tune": ("full", "head", "lora"),
+    "views": ("together", "apart"),
 }
 _SHARES = (
     "min_lr_ratio",
@@ -92,8 +93,11 @@ class Recipe:
         which are merged into the weights at the end.
     lora_rank, lora_alpha
         Rank of the additions, and the number that scales them (α / rank).
+    views
+        Whether the tiles of a spot are changed ``"together"``, as two looks at one picture, or ``"apart"``, each by
+        itself.
     flips
-        Turn and mirror tiles at random (both tiles of a spot alike).
+        Turn and mirror tiles at random.
     crop
         Largest share of a tile's side that is cut away at random, the rest shown at the tile's size; 0 is off.
     stain_jitter
@@ -131,6 +135,7 @@ class Recipe:
     tune: Literal["full", "head", "lora"] = "full"
     lora_rank: int = 8
     lora_alpha: float = 16.0
+    views: Literal["together", "apart"] = "together"
     flips: bool = True
     crop: float = 0.0
     stain_jitter: float = 0.0
@@ -241,6 +246,17 @@ RECIPES: dict[str, Recipe] = {
         weight_decay_end=0.05,
         flips=False,
     ),
+    # Ours: the two tiles of a place are changed apart, and strongly, so that only tissue is left in common.
+    "tile-views": Recipe(
+        epochs=20,
+        batch_size=128,
+        lr=3e-4,
+        weight_decay=0.01,
+        weight_decay_end=0.01,
+        views="apart",
+        crop=0.5,
+        stain_jitter=0.4,
+    ),
     # The baselines as in the code of STimage-1K4M: Adam, constant weight decay, no warm-up.
     "contrastive": Recipe(
         epochs=15,
@@ -264,6 +280,7 @@ _OWN = {
     "storm": "storm", "storm-paper": "storm", "storm-small": "storm-small", "storm-tiny": "storm-small",
     "storm-multibranch": "storm-multibranch", "squall": "storm-multibranch",
     "storm-multibranch-small": "storm-multibranch-small", "storm-multibranch-base": "storm-multibranch-small",
+    "tile-views": "tile-views", "tile-views-small": "tile-views",
     "clip": "contrastive", "plip": "contrastive",
 }  # fmt: skip
 
