@@ -11,7 +11,7 @@ from stfm import _lazy
 from stfm._version import __version__
 
 if TYPE_CHECKING:
-    from stfm import datasets, encoders, errors, get, metrics, models, pl, pp, slide, tl
+    from stfm import datasets, encoders, errors, get, metrics, models, pl, pp, slide, tl, weights
     from stfm._settings import settings
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "settings",
     "slide",
     "tl",
+    "weights",
 ]
 
 __getattr__, __dir__, _ = _lazy.attach(
@@ -44,5 +45,6 @@ __getattr__, __dir__, _ = _lazy.attach(
         "settings": "_settings",
         "slide": "",
         "tl": "",
+        "weights": "",
     },
 )

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 _TRUE = {"1", "true", "yes", "on"}
 _DEVICES = ("auto", "cpu", "cuda", "mps")
-_NAMES = ("cache_dir", "offline", "mirror", "device", "verbosity")
+_NAMES = ("cache_dir", "offline", "mirror", "weights_dir", "device", "verbosity")
 
 
 class Settings:
@@ -30,6 +30,8 @@ class Settings:
         Never touch the network (``STFM_OFFLINE=1``).
     mirror
         Base URL that stands in for the public homes of data and weights (``STFM_MIRROR``).
+    weights_dir
+        Folder of weights that is looked in first, for machines without a network (``STFM_WEIGHTS``); only read.
     device
         ``"auto"`` (CUDA, then MPS, then CPU), ``"cpu"``, ``"cuda"`` or ``"mps"``.
     verbosity
@@ -40,6 +42,7 @@ class Settings:
         self._cache_dir: Path | None = None
         self._offline: bool | None = None
         self._mirror: str | None = None
+        self._weights_dir: Path | None = None
         self._device = "auto"
         self._verbosity = 1
 
@@ -84,6 +87,18 @@ class Settings:
     @mirror.setter
     def mirror(self, value: str | None) -> None:
         self._mirror = value
+
+    @property
+    def weights_dir(self) -> Path | None:
+        """Folder of weights that is looked in first, or None."""
+        if self._weights_dir is not None:
+            return self._weights_dir
+        value = os.environ.get("STFM_WEIGHTS")
+        return Path(value).expanduser() if value else None
+
+    @weights_dir.setter
+    def weights_dir(self, value: str | Path | None) -> None:
+        self._weights_dir = None if value is None else Path(value).expanduser()
 
     @property
     def device(self) -> str:

@@ -85,7 +85,7 @@ def test_what_comes_with_a_wrong_hash_is_refused_and_not_kept(tmp_path, source, 
         pytest.raises(DataIntegrityError, match="not the file that is meant.*STFM_MIRROR"),
     ):
         fetch(source, source.files)
-    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+    assert not [path for path in (tmp_path / "cache" / "tiny").rglob("*") if path.is_file()]
 
 
 def test_a_damaged_file_is_fetched_again_or_refused_offline(tmp_path, source, serve):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,11 +9,8 @@ from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
-from stfm._errors import DataIntegrityError, InputError
-from stfm._logging import get_logger
+from stfm._download import fetch_file
 from stfm._settings import settings
-
-logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -61,58 +57,5 @@ def fetch(source: Source, paths: Iterable[str]) -> list[Path]:
 
 
 def _fetch_one(source: Source, path: str) -> Path:
-    expected = source.files[path]
-    target = settings.cache_dir / source.name / path
     base = f"{settings.mirror.rstrip('/')}/{source.name}" if settings.mirror else source.url
-    url = f"{base}/{path}"
-    if target.is_file():
-        found = _sha256(target)
-        if found == expected:
-            return target
-        if settings.offline:
-            raise DataIntegrityError(
-                f"{target} is damaged (sha256 {found[:12]}…, expected {expected[:12]}…); delete it and fetch it again "
-                f"without STFM_OFFLINE, or copy it from {url}"
-            )
-        logger.warning("%s is damaged and fetched again", target)
-        _remove(target)
-    elif settings.offline:
-        raise InputError(
-            f"{target} is not in the cache and STFM_OFFLINE is set; unset it, or put the file there from {url}"
-        )
-    _download(url, expected, target)
-    return target
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _remove(path: Path) -> None:
-    try:
-        path.unlink()
-    except OSError as error:
-        raise DataIntegrityError(
-            f"{path} is damaged and cannot be removed ({error.strerror}); delete it, or choose another STFM_CACHE"
-        ) from error
-
-
-def _download(url: str, expected: str, target: Path) -> None:
-    """Fetch into a temporary file beside the target; it takes its name only when its hash is right."""
-    import pooch
-
-    logger.info("fetching %s", url)
-    pooch.get_logger().setLevel("WARNING")
-    try:
-        pooch.retrieve(url, known_hash=f"sha256:{expected}", fname=target.name, path=target.parent)
-    except ValueError as error:  # pooch's word for a wrong hash; it has removed the file
-        raise DataIntegrityError(
-            f"what {url} gave is not the file that is meant (expected sha256 {expected[:12]}…); try again, or check "
-            "STFM_MIRROR"
-        ) from error
-    except OSError as error:  # the errors of requests are OSErrors too
-        raise InputError(
-            f"could not fetch {url} ({type(error).__name__}: {error}); check the network, set STFM_MIRROR, or put the "
-            f"file at {target}"
-        ) from error
+    return fetch_file([f"{base}/{path}"], settings.cache_dir / source.name / path, source.files[path])

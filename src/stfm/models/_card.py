@@ -1,16 +1,52 @@
-"""The model card that is written beside every saved model."""
+"""The model card that is written beside every saved model, and what a person adds to it."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass, field
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
+from stfm._errors import InputError
 from stfm._version import __version__
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     import pandas as pd
+
+__all__ = ["About", "model_card"]
+
+_TAGS = ("spatial-transcriptomics", "histopathology", "multimodal", "biology")
+
+
+@dataclass
+class About:
+    """What a model card says beside what training recorded.
+
+    Attributes
+    ----------
+    name
+        Heading of the card; the family where it is empty.
+    licence
+        Of the weights, as the hub writes it (``"bsd-3-clause"``); left out where it is empty.
+    text
+        What the model is for, and what it has not seen: Markdown, without headings of the first two levels.
+    results
+        Protocol -> metric -> value, as :func:`stfm.metrics.protocols` names protocols.
+    """
+
+    name: str = ""
+    licence: str = ""
+    text: str = ""
+    results: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def check(self) -> None:
+        """Refuse results that are no numbers by protocol and metric."""
+        for protocol, row in self.results.items():
+            if not isinstance(row, dict) or not all(isinstance(value, Real) for value in row.values()):
+                msg = f"about.results[{protocol!r}] must map metrics to numbers, got {row!r}."
+                raise InputError(msg)
 
 
 def model_card(
@@ -21,22 +57,44 @@ def model_card(
     config: Mapping[str, Any],
     seen: Mapping[str, Any],
     history: pd.DataFrame | None,
+    about: About | None = None,
+    dtype: str = "fp32",
 ) -> str:
-    """Return a card in Markdown: what the model is, what it saw, what it reached."""
+    """Return a card in Markdown: what the model is, what it saw, what it reached.
+
+    Parameters
+    ----------
+    family
+        Of the model.
+    n_parameters, n_genes
+        Its size, and that of its vocabulary.
+    config
+        Its configuration.
+    seen
+        What training recorded: studies, patients, slides, platforms, species, spots, recipe.
+    history
+        A row an epoch.
+    about
+        What a person adds.
+    dtype
+        How the weights are stored.
+    """
+    about = about or About()
     lines = [
-        f"# {family} ({n_parameters:,} parameters)",
+        *_front_matter(family, about),
+        f"# {about.name or family} ({n_parameters:,} parameters)",
         "",
-        f"Saved by stfm {__version__}. Load it with `stfm.models.load(folder)`.",
+        f"A `{family}` model, saved by stfm {__version__} ({dtype}). Load it with `stfm.models.load(folder)`.",
         "",
+        *([about.text.strip(), ""] if about.text.strip() else []),
         "## What it saw",
         "",
-        f"* studies: {_names(seen['studies'])}",
-        f"* patients: {_names(seen['patients'])}",
-        f"* slides: {_names(seen['slides'])}",
+        *(f"* {what}: {_names(seen.get(what))}" for what in ("studies", "patients", "slides", "platforms", "species")),
         f"* spots: {seen['n_spots']:,}; genes: {n_genes or 'none'}",
         "",
         "Numbers measured on any of these are not numbers of generalisation.",
         "",
+        *_results(about.results),
         "## Training",
         "",
         *_training(history, seen["recipe"]),
@@ -51,8 +109,27 @@ def model_card(
     return "\n".join(lines)
 
 
-def _names(names: list[str]) -> str:
+def _front_matter(family: str, about: About) -> list[str]:
+    """Return the YAML by which the hub finds and files a model."""
+    licence = [f"license: {json.dumps(about.licence)}"] if about.licence else []
+    return ["---", "library_name: stfm", *licence, "tags:", *(f"- {tag}" for tag in (*_TAGS, family)), "---", ""]
+
+
+def _names(names: list[str] | None) -> str:
     return ", ".join(names) if names else "not recorded"
+
+
+def _results(results: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """Return a table: a row a protocol, a column a metric."""
+    if not results:
+        return []
+    metrics = list(dict.fromkeys(metric for row in results.values() for metric in row))
+    rows = [
+        f"| {protocol} | {' | '.join(f'{row[metric]:.4g}' if metric in row else '' for metric in metrics)} |"
+        for protocol, row in results.items()
+    ]
+    head = [f"| protocol | {' | '.join(metrics)} |", "|---|" + "---|" * len(metrics)]
+    return ["## Numbers", "", *head, *rows, ""]
 
 
 def _training(history: pd.DataFrame | None, recipe: Mapping[str, Any]) -> list[str]:

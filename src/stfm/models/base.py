@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from stfm._errors import DataIntegrityError, InputError, MissingKeyError
+from stfm._validate import check_choice
 from stfm._version import __version__
-from stfm.models._card import model_card
+from stfm.models._card import About, model_card
+from stfm.models._half import DTYPES, stored
 from stfm.slide.genes import Vocabulary
 
 if TYPE_CHECKING:
@@ -75,15 +77,21 @@ class Seen:
     studies: list[str] = field(default_factory=list)
     slides: list[str] = field(default_factory=list)
     patients: list[str] = field(default_factory=list)
+    platforms: list[str] = field(default_factory=list)
+    species: list[str] = field(default_factory=list)
     n_spots: int = 0
     recipe: dict[str, Any] = field(default_factory=dict)
 
     def add(self, slides: Sequence[Any]) -> None:
-        """Add slides, with their studies and patients, once each: a second stage sees no other spots."""
+        """Add slides, with where they come from, once each: a second stage sees no other spots."""
         for slide in slides:
             if slide.name not in self.slides:
                 self.n_spots += slide.n_obs
-            for names, name in ((self.studies, slide.study), (self.slides, slide.name), (self.patients, slide.patient)):
+            found = (
+                (self.studies, slide.study), (self.slides, slide.name), (self.patients, slide.patient),
+                (self.platforms, slide.platform), (self.species, slide.species),
+            )  # fmt: skip
+            for names, name in found:
                 if name is not None and name not in names:
                     names.append(name)
 
@@ -133,6 +141,7 @@ class Model(nn.Module, ABC):
         self.vocabulary = vocabulary
         self.pretrained = pretrained
         self.seen = Seen()
+        self.about = About()
         self.history: pd.DataFrame | None = None
 
     @property
@@ -214,13 +223,16 @@ class Model(nn.Module, ABC):
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
-    def save(self, folder: str | Path) -> Path:
+    def save(self, folder: str | Path, *, dtype: str = "fp32") -> Path:
         """Write the model to a folder: configuration, weights, genes, history and a model card.
 
         Parameters
         ----------
         folder
             Made if it is not there; a model that lies in it is replaced.
+        dtype
+            ``"fp32"``, which comes back bit for bit, or ``"fp16"``, which takes half the bytes: matrices are rounded to
+            three digits; vectors, and whatever fp16 cannot hold, stay as they are. A model is fp32 again once loaded.
 
         Returns
         -------
@@ -228,12 +240,13 @@ class Model(nn.Module, ABC):
         """
         from safetensors.torch import save_file
 
+        check_choice("dtype", dtype, DTYPES)
+        self.about.check()
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        weights = {k: v.detach().cpu().contiguous().clone() for k, v in self.state_dict().items()}
         # The configuration goes last: a folder that has it is whole.
         (folder / CONFIG_FILE).unlink(missing_ok=True)
-        save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        save_file(stored(self.state_dict(), dtype), folder / WEIGHTS_FILE, metadata={"format": "pt"})
         if self.vocabulary is not None:
             self.vocabulary.save(folder / GENES_FILE)
         if self.history is not None:
@@ -245,20 +258,74 @@ class Model(nn.Module, ABC):
             config=asdict(self.config),
             seen=asdict(self.seen),
             history=self.history,
+            about=self.about,
+            dtype=dtype,
         )
         (folder / CARD_FILE).write_text(card, encoding="utf-8")
         description = {
             "family": self.family,
             "stfm_version": __version__,
+            "dtype": dtype,
             "config": asdict(self.config),
             "seen": asdict(self.seen),
+            "about": asdict(self.about),
         }
         (folder / CONFIG_FILE).write_text(json.dumps(description, indent=1, default=str), encoding="utf-8")
         return folder
 
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        token: str | None = None,
+        private: bool = False,
+        dtype: str = "fp32",
+        message: str = "Upload of a model by stfm",
+        revision: str | None = None,
+    ) -> str:
+        """Share the model on the Hugging Face hub: the folder that :meth:`save` writes, with its card.
+
+        Say first what the card should say: ``model.about.licence``, ``.text`` and ``.results``.
+
+        Parameters
+        ----------
+        repo_id
+            ``"<owner>/<repo>"``; made where it is not there.
+        token
+            With the right to write; None takes the one of ``HF_TOKEN`` or ``hf auth login``.
+        private
+            Whether a repository that is made is private.
+        dtype
+            Of the weights, as in :meth:`save`.
+        message
+            Of the commit.
+        revision
+            Branch to upload to; None is the main one.
+
+        Returns
+        -------
+        The address of the repository.
+
+        Raises
+        ------
+        MissingDependencyError
+            huggingface_hub is not installed.
+        InputError
+            The hub cannot be reached, or refuses.
+        """
+        from tempfile import TemporaryDirectory
+
+        from stfm.weights.hub import push_folder
+
+        with TemporaryDirectory() as folder:
+            return push_folder(
+                self.save(folder, dtype=dtype), repo_id, token=token, private=private, message=message,
+                revision=revision,
+            )  # fmt: skip
+
     @classmethod
     def load(cls, folder: str | Path) -> Model:
-        """Load a model of this family that :meth:`save` wrote, bit for bit, in evaluation mode."""
+        """Load a model of this family that :meth:`save` wrote, in evaluation mode; from fp32 bit for bit."""
         folder = Path(folder)
         description = read_description(folder)
         if description["family"] != cls.family:
@@ -272,6 +339,7 @@ class Model(nn.Module, ABC):
         model = cls(config_from_dict(cls.config_class, description["config"]), vocabulary, pretrained=False)
         model.load_weights(folder / WEIGHTS_FILE)
         model.seen = Seen(**description["seen"])
+        model.about = About(**description.get("about", {}))
         if (folder / HISTORY_FILE).exists():
             import pandas as pd
 

@@ -12,6 +12,8 @@ from stfm._errors import InputError
 from stfm._registry import Registry
 from stfm._validate import did_you_mean
 from stfm.models.base import Model, read_description
+from stfm.weights.fetch import fetch
+from stfm.weights.registry import WEIGHTS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -133,24 +135,32 @@ def create(model: str | Any, vocabulary: Vocabulary | None = None, *, pretrained
 
 
 def load(folder: str | Path) -> Model:
-    """Load a model that ``model.save(folder)`` wrote.
+    """Load a model that ``model.save(folder)`` wrote, or that comes under a name.
 
     Parameters
     ----------
     folder
-        Folder with ``config.json`` and ``model.safetensors``.
+        Folder with ``config.json`` and ``model.safetensors``; or a name of :func:`stfm.weights.list_weights`, such as
+        ``"default"``, fetched where it is not there. (``"./default"`` is a folder in any case.)
 
     Returns
     -------
-    The model, in evaluation mode, with weights equal bit for bit.
+    The model, in evaluation mode; its weights are equal bit for bit where they were stored as fp32.
 
     Raises
     ------
     MissingKeyError
         There is no saved model in the folder, or its family is unknown.
+    InputError
+        The named weights are not there and cannot be fetched.
     DataIntegrityError
         The files do not fit together.
     """
+    if isinstance(folder, str) and folder in WEIGHTS:
+        if WEIGHTS.get(folder).kind != "model":
+            msg = f"The weights {folder!r} are no model ({WEIGHTS.get(folder).kind}); see sf.weights.list_weights()."
+            raise InputError(msg)
+        folder = fetch(folder)
     family = read_description(Path(folder))["family"]
     for spec in MODELS:
         if spec.family == family:

@@ -1,4 +1,4 @@
-"""The model that a function was given: itself, or the folder that it was saved to."""
+"""The model that a function was given: itself, a folder that it was saved to, a name, or the default."""
 
 from __future__ import annotations
 
@@ -9,8 +9,13 @@ from stfm._errors import InputError, MissingKeyError, WrongTypeError
 from stfm._validate import did_you_mean
 from stfm.models.base import CONFIG_FILE, Model
 from stfm.models.registry import MODELS, load
+from stfm.weights.fetch import path
+from stfm.weights.registry import WEIGHTS
 
-__all__ = ["resolve_model"]
+__all__ = ["DEFAULT", "resolve_model"]
+
+#: row of the weights that are taken where no model is given
+DEFAULT = "default"
 
 
 def resolve_model(model: Any) -> tuple[Model, str]:
@@ -19,12 +24,13 @@ def resolve_model(model: Any) -> tuple[Model, str]:
     Parameters
     ----------
     model
-        A trained model (``"memory"``), or the folder that ``model.save(folder)`` wrote.
+        A trained model (``"memory"``), the folder that ``model.save(folder)`` wrote, a name of
+        ``sf.weights.list_weights()`` (``"<name>@<version>"``), or None for the default.
 
     Raises
     ------
     InputError
-        No model is given, or the name of one, with which no weights come.
+        The weights are not there, or it is the name of a model with which no weights come.
     MissingKeyError
         There is no such folder.
     WrongTypeError
@@ -33,13 +39,14 @@ def resolve_model(model: Any) -> tuple[Model, str]:
     if isinstance(model, Model):
         return model, "memory"
     if model is None:
-        msg = (
-            "No weights come with this version: give model= a trained model (sf.tl.train) or the folder of a saved one."
-        )
-        raise InputError(msg)
+        model = DEFAULT
     if not isinstance(model, (str, Path)):
-        msg = f"model must be a model or the folder of a saved one, got {type(model).__name__}."
+        msg = f"model must be a model, a name or the folder of a saved one, got {type(model).__name__}."
         raise WrongTypeError(msg)
+    if isinstance(model, str) and model in WEIGHTS:
+        if model == DEFAULT:
+            _check_default()
+        return load(model), WEIGHTS.get(model).label
     folder = Path(model).expanduser()
     if (folder / CONFIG_FILE).exists() or folder.is_dir():
         return load(folder), str(folder)
@@ -49,5 +56,19 @@ def resolve_model(model: Any) -> tuple[Model, str]:
             "and give the model, or the folder that it was saved to."
         )
         raise InputError(msg)
-    msg = f"There is no folder {model!s} with a saved model. {did_you_mean(str(model), MODELS.names())}"
+    msg = (
+        f"There is no folder {model!s} with a saved model. "
+        f"{did_you_mean(str(model), [*WEIGHTS.names(), *MODELS.names()])}"
+    )
     raise MissingKeyError(msg)
+
+
+def _check_default() -> None:
+    """Say what to do in a version that was built without the default's weights."""
+    try:
+        path(DEFAULT)
+    except InputError as error:
+        msg = (
+            "No weights come with this version: give model= a trained model (sf.tl.train) or the folder of a saved one."
+        )
+        raise InputError(msg) from error
