@@ -240,3 +240,33 @@ def test_matches_are_the_common_genes(mine, theirs):
     assert {mine[i] for i in match.source_index} == common
     assert [mine[i] for i in match.source_index] == [theirs[i] for i in match.target_index]
     assert all(a < b for a, b in pairwise(match.target_index.tolist()))
+
+
+class TestOrthologues:
+    VOCABULARY = Vocabulary(
+        np.array(["ACTB", "MBP", "GFAP"]),
+        np.array(["ENSG00000075624", "", "ENSG00000131095"]),
+        "human",
+        np.array(["ENSMUSG00000029580", "ENSMUSG00000041607", ""]),
+    )
+
+    def test_mouse_ids_meet_a_human_vocabulary(self):
+        panel = Panel(np.array(["ENSMUSG00000041607.3", "ENSMUSG00000029580.1", "ENSMUSG00000000001.1"]))
+        match = match_genes(panel, self.VOCABULARY)
+        assert match.source_index.tolist() == [1, 0]
+        assert match.target_index.tolist() == [0, 1]
+        assert match.via == "orthologue's ensembl id"
+        assert match.species_note == "mouse genes taken as human orthologues by Ensembl id"
+
+    def test_they_are_saved_and_read(self, tmp_path):
+        self.VOCABULARY.save(tmp_path / "genes.txt")
+        assert Vocabulary.load(tmp_path / "genes.txt") == self.VOCABULARY
+        assert (tmp_path / "genes.txt").read_text().splitlines()[2] == "MBP\t\tENSMUSG00000041607"
+
+    def test_vocabularies_that_differ_in_them_differ(self):
+        names, ids, species = self.VOCABULARY.names, self.VOCABULARY.ids, self.VOCABULARY.species
+        assert Vocabulary(names, ids, species) != self.VOCABULARY
+
+    def test_one_a_gene(self):
+        with pytest.raises(InputError, match="3 names but 1 orthologues"):
+            Vocabulary(self.VOCABULARY.names, None, "human", np.array(["ENSMUSG00000029580"]))

@@ -210,11 +210,15 @@ class Vocabulary:
         Ensembl ids, where known ("" for single unknown ones).
     species
         ``"human"``, ``"mouse"`` or ``None``.
+    orthologues
+        Ensembl ids of the same genes in another species, where known ("" for single unknown ones), so that a mouse
+        panel of Ensembl ids meets a human vocabulary.
     """
 
     names: NDArray[np.str_]
     ids: NDArray[np.str_] | None = None
     species: Species | None = None
+    orthologues: NDArray[np.str_] | None = None
     _panel: Panel = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -227,6 +231,10 @@ class Vocabulary:
         for name in ("names", "ids", "species"):
             object.__setattr__(self, name, getattr(panel, name))
         object.__setattr__(self, "_panel", panel)
+        if self.orthologues is not None:
+            object.__setattr__(self, "orthologues", _strings(self.orthologues))
+            if len(self.orthologues) != len(panel):
+                raise InputError(f"the vocabulary has {len(panel)} names but {len(self.orthologues)} orthologues")
 
     def __len__(self) -> int:
         return len(self.names)
@@ -234,10 +242,10 @@ class Vocabulary:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Vocabulary):
             return NotImplemented
-        same_ids = (self.ids is None) == (other.ids is None) and (
-            self.ids is None or other.ids is None or np.array_equal(self.ids, other.ids)
+        pairs = ((self.names, other.names), (self.ids, other.ids), (self.orthologues, other.orthologues))
+        return self.species == other.species and all(
+            mine is theirs if mine is None or theirs is None else np.array_equal(mine, theirs) for mine, theirs in pairs
         )
-        return same_ids and self.species == other.species and np.array_equal(self.names, other.names)
 
     def __hash__(self) -> int:
         return hash((tuple(self.names), self.species))
@@ -246,6 +254,11 @@ class Vocabulary:
     def panel(self) -> Panel:
         """The vocabulary seen as a panel, with its matching keys cached."""
         return self._panel
+
+    @cached_property
+    def orthologue_keys(self) -> list[str]:
+        """Normalised Ensembl id of the orthologue a gene, empty where unknown."""
+        return [] if self.orthologues is None else [id_key(name) for name in self.orthologues]
 
     @classmethod
     def from_panels(cls, panels: Iterable[Panel], *, mode: Literal["union", "intersection"] = "union") -> Vocabulary:
@@ -294,10 +307,12 @@ class Vocabulary:
         )
 
     def save(self, path: str | Path) -> None:
-        """Write ``genes.txt``: a species line, then one gene a line (name, tab, Ensembl id where known)."""
-        ids = [""] * len(self) if self.ids is None else list(self.ids)
+        """Write ``genes.txt``: a species line, then a gene a line (name, Ensembl id, orthologue's; tabs between)."""
+        columns = [column for column in (self.ids, self.orthologues) if column is not None]
+        if self.ids is None and self.orthologues is not None:
+            columns.insert(0, np.full(len(self), "", dtype=np.str_))
         lines = [f"# species: {self.species or 'unknown'}"]
-        lines += [f"{name}\t{gene_id}" if gene_id else str(name) for name, gene_id in zip(self.names, ids, strict=True)]
+        lines += ["\t".join(map(str, row)).rstrip() for row in zip(self.names, *columns, strict=True)]
         Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
     @classmethod
@@ -308,10 +323,11 @@ class Vocabulary:
             raise InputError(f"no gene list at {path}; a model folder holds it as genes.txt")
         lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
         notes = [line.removeprefix("# species:").strip() for line in lines if line.startswith("# species:")]
-        rows = [line.partition("\t") for line in lines if not line.startswith("#")]
-        ids = [row[2].strip() for row in rows]
+        rows = [[*line.split("\t"), "", ""] for line in lines if not line.startswith("#")]
+        names, ids, orthologues = ([row[i].strip() for row in rows] for i in range(3))
         species: Species | None = "human" if "human" in notes else "mouse" if "mouse" in notes else None
-        return cls(_strings(row[0].strip() for row in rows), _strings(ids) if any(ids) else None, species)
+        others = _strings(orthologues) if any(orthologues) else None
+        return cls(_strings(names), _strings(ids) if any(ids) else None, species, others)
 
 
 @dataclass(frozen=True)
@@ -327,7 +343,7 @@ class GeneMatch:
     fraction
         ``n_matched / min(n_panel, n_vocabulary)``: a 300-gene panel inside a vocabulary of 18,000 is a full match.
     via
-        ``"ensembl id"``, ``"symbol"`` or ``"ensembl id and symbol"``.
+        ``"ensembl id"``, ``"orthologue's ensembl id"``, ``"symbol"``, or several of these.
     species_note
         Said where panel and vocabulary are of two species, else ``None``.
     unmatched
@@ -412,6 +428,7 @@ def match_genes(panel: Panel, vocabulary: Vocabulary, *, min_fraction: float = 0
     doubled: dict[int, None] = {}  # columns whose gene an earlier one stands for
     for route, sources, targets in (
         ("ensembl id", panel.id_keys, known.id_keys),
+        ("orthologue's ensembl id", panel.id_keys, vocabulary.orthologue_keys),
         ("symbol", panel.symbol_keys, known.symbol_keys),
     ):
         position = {key: i for i, key in reversed(list(enumerate(targets))) if key}
@@ -429,7 +446,8 @@ def match_genes(panel: Panel, vocabulary: Vocabulary, *, min_fraction: float = 0
     smaller = min(len(panel), len(vocabulary))
     note = None
     if panel.species and vocabulary.species and panel.species != vocabulary.species:
-        note = f"{panel.species} genes taken as {vocabulary.species} orthologues by upper-cased symbol"
+        how = "Ensembl id" if "orthologue's ensembl id" in routes else "upper-cased symbol"
+        note = f"{panel.species} genes taken as {vocabulary.species} orthologues by {how}"
     match = GeneMatch(
         source_index=taken[target_index],
         target_index=target_index.astype(np.int64),
