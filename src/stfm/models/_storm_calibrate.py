@@ -45,7 +45,7 @@ def fit_calibration(
     model
         In evaluation mode, its calibration all ones.
     slides
-        With counts; others are left out.
+        With counts, and with H&E where any has it; others are left out.
     held_out
         Whether the model did not learn from them.
     linear
@@ -58,6 +58,7 @@ def fit_calibration(
     slides = [slide for slide in slides if slide.has_gene]
     if not slides:
         return None
+    slides = [slide for slide in slides if slide.has_image] or slides
     n = torch.zeros(len(model.written_genes()), dtype=torch.float64)
     error, expected = torch.zeros_like(n), torch.zeros_like(n)
     for slide, chosen in sample_spots(slides, _MAX_SPOTS):

@@ -158,16 +158,24 @@ class SlideData(pl.LightningDataModule):
         return self._loader(self.validation, None, lambda: 0) if self.validation else []
 
 
-def check_alike(inputs: Sequence[SlideInputs]) -> None:
-    """Refuse slides of which some lack a modality that others have, since a batch holds what all its spots have."""
+def check_alike(inputs: Sequence[SlideInputs], *, mixed: bool = True) -> None:
+    """Refuse slides that cannot be trained on together.
+
+    Parameters
+    ----------
+    inputs
+        All slides.
+    mixed
+        Whether a batch holds spots of several slides, and so only what all of them have.
+    """
     first = inputs[0]
     for one in inputs:
         for have, want, what in ((one.has_image, first.has_image, "H&E"), (one.has_gene, first.has_gene, "counts")):
-            if have != want:
+            if mixed and have != want:
                 lacks, has = (one, first) if want else (first, one)
                 msg = (
-                    f"slide {lacks.slide.name!r} has no {what}, slide {has.slide.name!r} has: "
-                    "train on slides with the same modalities."
+                    f"slide {lacks.slide.name!r} has no {what}, slide {has.slide.name!r} has: train on slides with the "
+                    "same modalities, or with batches of one slide each (a recipe with batches='slide')."
                 )
                 raise InputError(msg)
         if one.spec.window is not None and (one.slide.mpp is None) != (first.slide.mpp is None):

@@ -103,7 +103,7 @@ def fit(
     # Slides are numbered through, so that no two share a slide_id.
     slides = [*train, *validation]
     inputs = [SlideInputs(slide, model.inputs, model.vocabulary, slide_id=i) for i, slide in enumerate(slides)]
-    check_alike(inputs)
+    check_alike(inputs, mixed=recipe.batches == "mixed")
     run = _run_record(model, train, validation, recipe, seed)
     start = _checkpoint(folder, run, resume=resume)
     if prepare is not None:
@@ -173,9 +173,18 @@ def fit_stages(
                 folder = None if folder is None else folder / stage
             restrict()
             first = model.history is None
-            fit(model, train, recipe, fit_inputs=first, adapt=adapt, checkpoint_dir=folder, **how)
+            shown, seen = _those_of_stage(model, train, stage), _those_of_stage(model, how.get("validation", ()), stage)
+            part = {**how, "validation": seen}
+            fit(model, shown, recipe, fit_inputs=first, adapt=adapt, checkpoint_dir=folder, **part)
             adapt = False
     return model
+
+
+def _those_of_stage(model: Model, slides: Sequence[Slide], stage: str | None) -> list[Slide]:
+    """Return the slides that a stage can learn from: those with H&E and counts, where it needs both."""
+    if stage not in model.paired_stages:
+        return list(slides)
+    return [slide for slide in slides if slide.tiles is not None and slide.counts is not None]
 
 
 def _check_paired(model: Model, slides: Sequence[Slide], stages: Sequence[str | None]) -> None:
