@@ -25,6 +25,8 @@ SHORT = {
     "clip-vit-b32": {"width": 32, "depth": 2, "heads": 4, "out_width": 16},
     "plip-vit-b32": {"width": 32, "depth": 2, "heads": 4, "out_width": 16},
     "scgpt": {"n_ids": 60, "width": 32, "depth": 2, "heads": 4, "hidden": 32},
+    "scfoundation": {"n_table": 60, "width": 32, "depth": 2, "heads": 4, "n_bins": 7},
+    "novae": {"width": 12, "hidden": 16, "depth": 2, "heads": 4, "out_width": 8, "prototypes": 5, "histology": 3},
     "ae-gene": {"width": 32, "depth": 2, "heads": 4, "n_tokens": 6},
     "pca": {"width": 8},
 }

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stfm._errors import DataIntegrityError, InputError, MissingKeyError
+from stfm._errors import InputError
+from stfm._validate import check_choice
 from stfm.encoders.base import GeneEncoder
+from stfm.encoders.gene._tables import read_json, read_table, rows_of
 from stfm.nn.transformer import TransformerEncoder
 
 if TYPE_CHECKING:
@@ -20,7 +21,17 @@ if TYPE_CHECKING:
 
 SPECIALS = ("<pad>", "<cls>", "<eoc>")
 # Parts of a checkpoint that pretraining needs and embedding does not.
-HEADS = ("decoder.", "cls_decoder.", "mvc_decoder.", "sim.", "creterion_cce.", "dsbn.", "bn.", "flag_encoder.")
+HEADS = (
+    "decoder.", "cls_decoder.", "mvc_decoder.", "grad_reverse_discriminator.", "sim.", "creterion_cce.", "dsbn.", "bn.",
+    "flag_encoder.", "batch_encoder.",
+)  # fmt: skip
+# Names under flash attention, in its two states, and PyTorch's.
+RENAMED = {
+    "self_attn._impl.Wqkv.": "self_attn.in_proj_",
+    "self_attn.Wqkv.": "self_attn.in_proj_",
+    "self_attn._impl.out_proj.": "self_attn.out_proj.",
+}
+KEPT = ("highest", "sample")
 
 
 class GeneEmbedding(nn.Module):
@@ -56,8 +67,9 @@ class ValueEncoder(nn.Module):
 class ScGPT(nn.Module):
     """Cell embedding of scGPT: ``<cls>`` and the expressed genes with binned values, L2-normalised.
 
-    Two steps differ from its code so that a spot has one embedding: of more than ``max_length - 1`` expressed genes
-    the highest are kept (there: a random sample), and a value on the edge of bins goes to the upper one (there: drawn).
+    Two steps differ from its code so that a spot has one embedding: which of more than ``max_length - 1`` expressed
+    genes are kept does not change from call to call (there: a new random sample), and a value that several bins could
+    hold goes to the uppermost (there: drawn).
 
     Parameters
     ----------
@@ -72,10 +84,14 @@ class ScGPT(nn.Module):
         Of the Transformer.
     n_bins, max_length, pad_value
         Of the input.
+    kept
+        Genes that are kept where more are expressed than fit: ``"highest"``, or ``"sample"``, a random sample of them
+        by an order of all genes that is drawn once.
     """
 
     gene_ids: Tensor
     special_ids: Tensor
+    order: Tensor
 
     def __init__(
         self,
@@ -91,13 +107,15 @@ class ScGPT(nn.Module):
         n_bins: int,
         max_length: int,
         pad_value: float,
+        kept: str,
     ) -> None:
         super().__init__()
+        check_choice("kept", kept, KEPT)
         if vocab is None and n_genes + len(SPECIALS) > n_ids:
             msg = f"{n_genes} genes do not fit in {n_ids} ids; give scGPT's vocabulary file (option 'vocab') or n_ids."
             raise InputError(msg)
         self.n_bins, self.max_length, self.pad_value = n_bins, max_length, pad_value
-        self.vocab = vocab
+        self.vocab, self.kept = vocab, kept
         self.pad, self.cls = n_ids - len(SPECIALS), n_ids - len(SPECIALS) + 1
         self.encoder = GeneEmbedding(n_ids, width, self.pad)
         self.value_encoder = ValueEncoder(width, dropout)
@@ -106,21 +124,20 @@ class ScGPT(nn.Module):
         )
         self.register_buffer("gene_ids", torch.arange(n_genes))
         self.register_buffer("special_ids", torch.tensor([self.pad, self.cls]))
+        order = torch.rand(n_genes, generator=torch.Generator().manual_seed(0), device="cpu")
+        self.register_buffer("order", order.to(self.gene_ids.device), persistent=False)
 
     def bind(self, vocabulary: Vocabulary) -> None:
         """Look up the id of every gene of the model; genes that scGPT does not know are left out."""
         if self.vocab is None:
             return
-        table = _read_vocab(self.vocab)
+        table = read_table(self.vocab)
         n_ids = self.encoder.embedding.num_embeddings
         # A table without special tokens gets them at its end, as scGPT's own code does.
-        specials = [table.get(name, len(table) + i) for i, name in enumerate(SPECIALS[:2])]
-        largest = max(*specials, *table.values())
-        if largest >= n_ids:
-            msg = f"{self.vocab} has ids up to {largest}, the encoder {n_ids} ids; set option n_ids."
-            raise InputError(msg)
-        upper = {name.upper(): number for name, number in table.items()}
-        ids = [upper.get(str(name).upper(), -1) for name in vocabulary.names]
+        for name in SPECIALS:
+            table.setdefault(name, len(table))
+        ids = rows_of(vocabulary, table, source=self.vocab, n_rows=n_ids, option="n_ids")
+        specials = [table[name] for name in SPECIALS[:2]]
         self.gene_ids.copy_(torch.tensor(ids))
         self.special_ids.copy_(torch.tensor(specials))
 
@@ -130,8 +147,8 @@ class ScGPT(nn.Module):
         for key, value in state.items():
             if key.startswith(HEADS):
                 continue
-            for name in ("self_attn._impl.Wqkv.", "self_attn.Wqkv."):
-                key = key.replace(name, "self_attn.in_proj_")
+            for theirs, ours in RENAMED.items():
+                key = key.replace(theirs, ours)
             out[key] = value
         return {**out, "gene_ids": self.gene_ids, "special_ids": self.special_ids}
 
@@ -141,11 +158,12 @@ class ScGPT(nn.Module):
         x = x * known if mask is None else x * (known & mask)
         bins = bin_values(x, self.n_bins)
         n_kept = min(self.max_length - 1, x.shape[1], max(1, int((x > 0).sum(dim=1).max())))
-        top = x.topk(n_kept, dim=1)
-        padding = top.values <= 0
-        ids = self.gene_ids[top.indices].masked_fill(padding, 0)
+        rank = x if self.kept == "highest" else torch.where(x > 0, self.order, -1.0)
+        chosen = rank.topk(n_kept, dim=1).indices
+        padding = x.gather(1, chosen) <= 0
+        ids = self.gene_ids[chosen].masked_fill(padding, 0)
         ids = torch.where(padding, self.special_ids[0], ids)
-        values = bins.gather(1, top.indices).masked_fill(padding, self.pad_value)
+        values = bins.gather(1, chosen).masked_fill(padding, self.pad_value)
         cls = self.special_ids[1].expand(len(x), 1)
         tokens = self.encoder(torch.cat([cls, ids], dim=1))
         tokens = tokens + self.value_encoder(F.pad(values, (1, 0), value=self.pad_value).to(tokens.dtype))
@@ -170,17 +188,27 @@ def bin_values(x: Tensor, n_bins: int) -> Tensor:
     return torch.where(x > 0, bins, 0).to(x.dtype)
 
 
-def _read_vocab(path: str) -> dict[str, int]:
-    file = Path(path).expanduser()
-    if not file.is_file():
-        msg = f"There is no vocabulary file {file}."
-        raise MissingKeyError(msg)
-    try:
-        table = json.loads(file.read_text(encoding="utf-8"))
-        return {str(name): int(number) for name, number in table.items()}
-    except (ValueError, AttributeError, TypeError) as error:
-        msg = f"{file} is no table of gene symbols and ids ({error})."
-        raise DataIntegrityError(msg) from error
+def scgpt_options(folder: str | Path) -> dict[str, Any]:
+    """Return the options that a published model's folder asks for.
+
+    Parameters
+    ----------
+    folder
+        Folder with ``args.json`` and ``vocab.json`` (and ``best_model.pt``, the ``weights``).
+
+    Raises
+    ------
+    MissingKeyError
+        One of the two files is not there.
+    """
+    path = Path(folder).expanduser()
+    args = read_json(path / "args.json")
+    names = {"width": "embsize", "depth": "nlayers", "heads": "nheads", "hidden": "d_hid", "dropout": "dropout",
+             "pad_value": "pad_value", "n_bins": "n_bins"}  # fmt: skip
+    table = read_table(path / "vocab.json")
+    n_ids = max([*table.values(), -1]) + 1 + sum(name not in table for name in SPECIALS)
+    options = {option: args[key] for option, key in names.items() if key in args}
+    return {"vocab": str(path / "vocab.json"), "n_ids": n_ids, **options}
 
 
 def scgpt(
@@ -197,6 +225,7 @@ def scgpt(
     n_bins: int = 51,
     max_length: int = 1200,
     pad_value: float = -2.0,
+    kept: str = "highest",
 ) -> GeneEncoder:
     """Build scGPT's encoder; options as in :class:`ScGPT`."""
     backbone = ScGPT(
@@ -211,5 +240,6 @@ def scgpt(
         n_bins=n_bins,
         max_length=max_length,
         pad_value=pad_value,
+        kept=kept,
     )
     return GeneEncoder(spec, backbone, width=width, n_genes=n_genes)
