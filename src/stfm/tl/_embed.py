@@ -46,7 +46,7 @@ def embed(
     key_added: str = EMBEDDING,
     copy: bool = False,
 ) -> AnnData | None:
-    """Embed every spot with a trained model.
+    """Embed every spot, by default with the model that ships with stfm.
 
     Tiles are cut and read while the device computes, so memory does not grow with the number of spots; a backed object
     is read in blocks. A modality that the data lack is left out: the joint embedding then rests on the other one.
@@ -56,7 +56,8 @@ def embed(
     adata
         Object with raw counts, H&E, or both; one library or many. Or a SpatialData, whose table is written to.
     model
-        A trained model, or the folder that ``model.save(folder)`` wrote.
+        A trained model, the folder that ``model.save(folder)`` wrote, or a name of :func:`stfm.weights.list_weights`;
+        by default the one that ships with stfm.
     batch_size
         Spots at once; results are the same for any number (to 1e-5 in fp32).
     device
@@ -90,12 +91,13 @@ def embed(
         Its parts in the shared space, float32 ``(n, d)``; a part whose modality is absent is not written, and nan in
         libraries that lack what other libraries have.
     uns[key_added]
-        Model, version, hash of the weights, genes matched and µm/px of each library, parameters.
+        Model, where it came from (``"default@1"``: name and version), hash of the weights; genes matched and
+        µm/px of each library; parameters.
 
     Raises
     ------
     InputError
-        No model is given, no gene matches, or what the model reads is not there; the object is untouched.
+        The weights are not there, no gene matches, or what the model reads is not there; the object is untouched.
     DataIntegrityError
         The folder holds a checkpoint of another architecture, or a file of it is damaged.
 

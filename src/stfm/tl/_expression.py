@@ -21,6 +21,7 @@ from stfm.slide.read import as_slides
 from stfm.tl._models import resolve_model
 from stfm.tl._seen import exposure
 from stfm.tl._written import SCALE, describe_written, measured_spots, write_expression
+from stfm.weights.registry import WEIGHTS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -78,7 +79,8 @@ def predict_expression(
         AnnData, path, slide, or a list of these, with H&E and raw counts. Give two sections or more: penalty and rank
         are then chosen by leaving out one after the other; of a single one, blocks are left out.
     model
-        A fitted predictor, a trained model that writes expression, or the folder that its ``save`` wrote.
+        A fitted predictor, a trained model that writes expression, the folder that its ``save`` wrote, or the name of
+        its weights (``"default"``).
     genes
         Genes to predict: names, or a gene set of the protocols, ``"hvg250"`` (the 250 of highest variance on the
         reference; the default), ``"hvg50"``, ``"hmg250"``. With ``model``: some of its genes.
@@ -385,7 +387,7 @@ def _mapping(value: Any) -> Any:
 def _resolve(model: Any) -> tuple[ExpressionPredictor | Model, str]:
     if isinstance(model, ExpressionPredictor):
         return model, "memory"
-    if isinstance(model, (str, Path)):
+    if isinstance(model, (str, Path)) and not (isinstance(model, str) and model in WEIGHTS):
         folder = Path(model).expanduser()
         if folder.is_dir() and not (folder / WEIGHTS_FILE).is_file():
             return ExpressionPredictor.load(folder), str(folder)

@@ -52,7 +52,8 @@ def impute(
     adata
         Object with raw counts.
     model
-        A trained model that writes expression (``storm``), or the folder that it was saved to.
+        A trained model that writes expression (``storm``), the folder that it was saved to, or the name of its weights
+        (``"default"``).
     genes
         Genes to write to ``obsm``, be they measured here or not; None writes the panel of ``var``, to ``layers``.
     measured_key

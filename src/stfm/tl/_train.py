@@ -115,8 +115,8 @@ def train(
     mpp
         µm per px of the full-resolution image, where it is not to be found; or a mapping from library to it.
     init
-        Saved model (or its folder) whose weights, configuration and genes to start from, instead of ``model`` and
-        ``genes``.
+        Saved model, its folder or the name of its weights (``"default"``), whose weights, configuration and genes to
+        start from, instead of ``model`` and ``genes``.
     cache_features
         Whether to keep the features of frozen image encoders on disk.
     checkpoint_dir
