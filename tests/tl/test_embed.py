@@ -205,8 +205,6 @@ def test_empty(adata, model):
 
 def test_which_model(adata, model, tmp_path):
     before = snapshot(adata)
-    with pytest.raises(InputError, match="No weights come with this version: give model="):
-        sf.tl.embed(adata)
     with pytest.raises(InputError, match="No weights of 'st-align-small' come with this version: train it"):
         sf.tl.embed(adata, "st-align-small")
     with pytest.raises(MissingKeyError, match="Did you mean 'st-align-small'"):

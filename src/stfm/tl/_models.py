@@ -41,7 +41,7 @@ def resolve_model(model: Any) -> tuple[Model, str]:
     if model is None:
         model = DEFAULT
     if not isinstance(model, (str, Path)):
-        msg = f"model must be a model, a name or the folder of a saved one, got {type(model).__name__}."
+        msg = f"model must be a model or the folder (or name) of a saved one, got {type(model).__name__}."
         raise WrongTypeError(msg)
     if isinstance(model, str) and model in WEIGHTS:
         if model == DEFAULT:
