@@ -16,6 +16,7 @@ import time
 import warnings
 from collections.abc import Callable
 from datetime import UTC, datetime
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,9 @@ if who == "squidpy":
     call = lambda: squidpy.gr.spatial_neighbors(adata, coord_type="generic", n_neighs=6)
 elif who == "cKDTree":
     call = lambda: scipy.spatial.cKDTree(points).query(points, 7, workers=-1)
+elif who == "knn":
+    from stfm.slide.niches import knn
+    call = lambda: knn(points, 6)
 else:
     import stfm
     stfm.pp.build_niches
@@ -132,12 +136,15 @@ def first_calls(n: int) -> list[dict[str, Any]]:
         # bytecode is kept as in any installation, also where the environment forbids it
         os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
         os.environ["PYTHONPYCACHEPREFIX"] = folder
-        for who in ("stfm", "squidpy"):
+        for who in ("build_niches", "knn", "squidpy"):
             in_new_process(FIRST_CALL, who, "60000", "cold")  # leaves compiled code and bytecode in their caches
         for size in (5000, n):
-            for who, state in (("squidpy", "cold"), ("cKDTree", "cold"), ("stfm", "cold"), ("stfm", "numba")):
+            for who, state in product(("squidpy", "cKDTree", "knn", "build_niches"), ("cold", "numba")):
+                if state == "numba" and who in ("squidpy", "cKDTree"):
+                    continue
                 found = in_new_process(FIRST_CALL, who, str(size), state)
-                name = f"stfm, numba {'loaded' if state == 'numba' else 'not loaded'}" if who == "stfm" else who
+                ours = who in ("knn", "build_niches")
+                name = f"{who}, numba {'loaded' if state == 'numba' else 'not loaded'}" if ours else who
                 rows.append({"who": name, "n": size, **found, "added_mb": found["peak_mb"] - found["before_mb"]})
         del os.environ["PYTHONPYCACHEPREFIX"]
     return rows
@@ -168,13 +175,13 @@ def mean_rows(n: int, genes: int, rounds: int, seed: int) -> list[dict[str, Any]
             for batch in batches:
                 niche_mean(counts, table, batch, out=buffer)
 
-        def product(batches=batches) -> None:
+        def plain(batches=batches) -> None:
             for batch in batches:
                 (average[batch] @ counts).toarray()
 
         ours()
         same = np.allclose(niche_mean(counts, table, batches[0]), (average[batches[0]] @ counts).toarray(), rtol=1e-5)
-        rows.append({"what": name, "seconds": best_of({"stfm": ours, "scipy": product}, rounds), "equal": bool(same)})
+        rows.append({"what": name, "seconds": best_of({"stfm": ours, "scipy": plain}, rounds), "equal": bool(same)})
     return rows
 
 
@@ -205,7 +212,8 @@ def report(result: dict[str, Any]) -> str:
             f"Neighbours, k = {K}. squidpy and build_niches read and write an AnnData, the others arrays.",
             table(head, search),
             "First call of a fresh process (random points; imports of the packages not counted, but numba's where "
-            "it is not loaded; bytecode and compiled code cached). Below 50,000 points stfm takes scipy's tree then.",
+            "it is not loaded; bytecode and compiled code cached). squidpy and build_niches read and write an AnnData, "
+            "the others arrays. Below 50,000 points knn takes scipy's tree then.",
             table(["who", "points", "ms", "memory added, MB"], first),
             "Niche means of 100,000 spots × 3,000 genes, 10 % dense, against rows of the sparse product made dense.",
             table(["how", "stfm ms", "scipy ms", "ratio", "equal"], means),
@@ -229,10 +237,10 @@ def missed(result: dict[str, Any]) -> list[str]:
     for (who, n), seconds in first.items():
         ratio = first["squidpy", n] / seconds
         goal = GOALS.get(n, {}).get("random")
-        if who.startswith("stfm") and goal is not None and ratio < goal:
+        if who.startswith("build_niches") and goal is not None and ratio < goal:
             lines.append(f"first call, {n:,} random points, {who}: {ratio:.1f} times squidpy, goal {goal}")
-        if who.startswith("stfm") and seconds > first["cKDTree", n]:
-            lines.append(f"first call, {n:,} random points, {who}: slower than cKDTree, which writes no AnnData")
+        if who.startswith("knn") and seconds > first["cKDTree", n]:
+            lines.append(f"first call, {n:,} random points, {who}: slower than cKDTree")
     for r in result["means"]:
         ratio = r["seconds"]["scipy"] / r["seconds"]["stfm"]
         if ratio < MEAN_GOALS[r["what"]]:
