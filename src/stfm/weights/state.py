@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stfm._errors import DataIntegrityError, MissingKeyError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable
 
     from torch import Tensor
 
-__all__ = ["read_state", "strip_prefix"]
+__all__ = ["read_state", "strip_prefix", "unwrap"]
 
-_INSIDE = ("state_dict", "model", "teacher")
+#: keys under which training code wraps the weights
+_WRAPPERS = ("state_dict", "model", "teacher")
 _PREFIXES = ("module.", "backbone.")
 
 
@@ -28,7 +30,7 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
 
     Returns
     -------
-    Name -> tensor, without the prefixes of wrappers (``module.``, ``backbone.``).
+    Name -> tensor, without what training code wraps around them.
 
     Raises
     ------
@@ -41,6 +43,10 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     if not path.is_file():
         msg = f"There is no weights file {path}."
         raise MissingKeyError(msg)
+    return unwrap(_opened(path), str(path))
+
+
+def _opened(path: Path) -> Any:
     if path.suffix == ".safetensors":
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -50,39 +56,68 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
         except SafetensorError as error:
             msg = f"{path} is not a readable safetensors file ({error}); fetch it again."
             raise DataIntegrityError(msg) from error
-    return strip_prefix(_tensors(path, _unpickled(path)), _PREFIXES)
-
-
-def _unpickled(path: Path) -> Any:
+    import warnings
     from pickle import UnpicklingError
 
     import torch
 
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():  # of the pickle's protocol: what cannot be read is told below
+            warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)
+            return torch.load(path, map_location="cpu", weights_only=True)
     except (UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, IndexError) as error:
         msg = (
             f"{path} cannot be opened safely ({type(error).__name__}): it is damaged, or holds more than tensors, "
-            "which stfm does not run. Convert it to safetensors where you trust it."
+            "which stfm does not run. Fetch it again, or convert it to safetensors where you trust it."
         )
         raise DataIntegrityError(msg) from error
 
 
-def _tensors(path: Path, state: Any) -> dict[str, Tensor]:
-    """Return the state dict inside a checkpoint."""
-    import torch
+def unwrap(state: Any, where: str) -> dict[str, Tensor]:
+    """Return the named tensors inside what training code saved: a wrapper's entry, a wrapper's prefix.
 
-    for key in _INSIDE:
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
+    Parameters
+    ----------
+    state
+        What a file held: tensors by name, perhaps under ``"model"`` beside an optimiser's state (ST-Net), or under
+        ``"teacher"`` beside a student (iBOT).
+    where
+        What the messages call it.
+
+    Returns
+    -------
+    Name -> tensor.
+
+    Raises
+    ------
+    DataIntegrityError
+        There are no named tensors, or other things among them.
+    """
+    from torch import Tensor
+
+    for key in _WRAPPERS:
+        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        msg = f"{path} holds no state dict: names of tensors were expected, also under {', '.join(map(repr, _INSIDE))}."
+    if not isinstance(state, Mapping) or not state:
+        msg = f"{where} holds no named tensors ({type(state).__name__}); a state dict was expected."
         raise DataIntegrityError(msg)
-    return state
+    others = [str(key) for key, value in state.items() if not isinstance(value, Tensor)]
+    if others:
+        msg = f"{where} holds what is no tensor ({', '.join(others[:3])}); a state dict of weights was expected."
+        raise DataIntegrityError(msg)
+    return strip_prefix({str(key): value for key, value in state.items()}, _PREFIXES)
 
 
 def strip_prefix(state: Mapping[str, Tensor], prefixes: Iterable[str]) -> dict[str, Tensor]:
-    """Return a state dict without prefixes that every key carries."""
+    """Return a state dict without prefixes that every key carries.
+
+    Parameters
+    ----------
+    state
+        Name -> tensor.
+    prefixes
+        Tried in turn.
+    """
     out = dict(state)
     for prefix in prefixes:
         if out and all(key.startswith(prefix) for key in out):
