@@ -26,7 +26,7 @@ logger = get_logger(__name__)
 TIMEOUT = (10.0, 60.0)
 #: how often a transfer goes on by itself after it was cut, and seconds before the first time
 RETRIES, PAUSE = 5, 0.5
-_CHUNK = 2**20
+_CHUNK = 2**18
 _TRY_AGAIN = {429, 500, 502, 503, 504}
 _REFUSED = {401, 403}
 _NOTHING_LEFT = 416
