@@ -56,9 +56,10 @@ class NicheGraphs:
             raise InputError(msg)
         steps = sparse.csr_array(graph, copy=True)
         steps.data[:] = 1.0
-        reached = steps + sparse.eye_array(graph.shape[0], format="csr", dtype=np.float32)
+        own = sparse.eye_array(graph.shape[0], format="csr", dtype=np.float32)
+        reached = steps + own
         for _ in range(n_hops - 1):
-            reached = reached @ steps
+            reached = reached @ steps + own
         wanted = np.asarray(spots, dtype=np.int64)
         rows = sparse.csr_array(reached[wanted])
         rows.sort_indices()

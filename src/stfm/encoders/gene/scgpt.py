@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -177,14 +178,15 @@ def bin_values(x: Tensor, n_bins: int) -> Tensor:
     Edges are the quantiles of the row's non-zero values, so that depth does not matter.
     """
     n_genes = x.shape[1]
-    ordered = torch.where(x > 0, x, torch.inf).sort(dim=1).values  # non-zero values first, ascending
-    n_positive = (x > 0).sum(dim=1, keepdim=True)
-    at = torch.linspace(0, 1, n_bins - 1, device=x.device) * (n_positive - 1).clamp_min(0)
-    low = at.floor().long().clamp(max=n_genes - 1)
-    high = torch.minimum(at.ceil().long(), (n_positive - 1).clamp_min(0))
+    # An edge that meets a value must not be off by rounding; Apple's GPUs have no 64 bits.
+    exact = x.to(torch.float32 if x.device.type == "mps" else torch.float64)
+    ordered = torch.where(exact > 0, exact, torch.inf).sort(dim=1).values  # non-zero values first, ascending
+    last = ((x > 0).sum(dim=1, keepdim=True) - 1).clamp_min(0)
+    at = torch.from_numpy(np.linspace(0, 1, n_bins - 1)).to(exact) * last
+    low, high = at.floor().long().clamp(max=n_genes - 1), torch.minimum(at.ceil().long(), last)
     lower, upper = ordered.gather(1, low), ordered.gather(1, high)
     edges = torch.where(torch.isfinite(upper), lower + (upper - lower) * (at - low), torch.inf)
-    bins = torch.searchsorted(edges.to(x.dtype).contiguous(), x.contiguous(), right=True)
+    bins = torch.searchsorted(edges.contiguous(), exact.contiguous(), right=True)
     return torch.where(x > 0, bins, 0).to(x.dtype)
 
 
