@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from stfm._errors import InputError
 from stfm._registry import Registry
 from stfm._validate import did_you_mean
+from stfm.encoders.registry import list_encoders as list_encoders
 from stfm.models.base import Model, read_description
-from stfm.weights.fetch import fetch
+from stfm.weights._fetch import fetch
 from stfm.weights.registry import WEIGHTS
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def register_presets(
 
 
 def _load_builtin() -> None:
-    for module in ("st_align", "contrastive", "storm", "storm_multibranch", "tile_views"):
+    for module in ("st_align", "contrastive", "storm", "storm_multibranch", "distillation"):
         import_module(f"stfm.models.{module}").register(MODELS)
 
 

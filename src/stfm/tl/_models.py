@@ -9,7 +9,7 @@ from stfm._errors import InputError, MissingKeyError, WrongTypeError
 from stfm._validate import did_you_mean
 from stfm.models.base import CONFIG_FILE, Model
 from stfm.models.registry import MODELS, load
-from stfm.weights.fetch import path
+from stfm.weights._fetch import path
 from stfm.weights.registry import WEIGHTS
 
 __all__ = ["DEFAULT", "resolve_model"]

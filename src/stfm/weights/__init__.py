@@ -9,11 +9,11 @@ __getattr__, __dir__, __all__ = _lazy.attach(
     {
         "WEIGHTS": "registry",
         "WeightsSpec": "registry",
-        "fetch": "fetch",
-        "list_weights": "fetch",
-        "locate": "fetch",
-        "path": "fetch",
+        "fetch": "_fetch",
+        "list_weights": "_fetch",
+        "locate": "_fetch",
+        "path": "_fetch",
         "read_state": "state",
-        "verify": "fetch",
+        "verify": "_fetch",
     },
 )

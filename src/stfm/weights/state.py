@@ -20,13 +20,15 @@ _WRAPPERS = ("state_dict", "model", "teacher")
 _PREFIXES = ("module.", "backbone.")
 
 
-def read_state(path: str | Path) -> dict[str, Tensor]:
+def read_state(path: str | Path, *, nested: bool = False) -> dict[str, Tensor]:
     """Return the tensors of a weights file; nothing in it is run.
 
     Parameters
     ----------
     path
         A ``.safetensors`` file, or a PyTorch file, which is opened with ``weights_only=True``.
+    nested
+        Whether entries that are no tensors may stay, for a caller who knows what lies in them.
 
     Returns
     -------
@@ -43,7 +45,7 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     if not path.is_file():
         msg = f"There is no weights file {path}."
         raise MissingKeyError(msg)
-    return unwrap(_opened(path), str(path))
+    return unwrap(_opened(path), str(path), nested=nested)
 
 
 def _opened(path: Path) -> Any:
@@ -73,7 +75,7 @@ def _opened(path: Path) -> Any:
         raise DataIntegrityError(msg) from error
 
 
-def unwrap(state: Any, where: str) -> dict[str, Tensor]:
+def unwrap(state: Any, where: str, *, nested: bool = False) -> dict[str, Tensor]:
     """Return the named tensors inside what training code saved: a wrapper's entry, a wrapper's prefix.
 
     Parameters
@@ -83,6 +85,8 @@ def unwrap(state: Any, where: str) -> dict[str, Tensor]:
         ``"teacher"`` beside a student (iBOT).
     where
         What the messages call it.
+    nested
+        Whether entries that are no tensors may stay.
 
     Returns
     -------
@@ -102,7 +106,7 @@ def unwrap(state: Any, where: str) -> dict[str, Tensor]:
         msg = f"{where} holds no named tensors ({type(state).__name__}); a state dict was expected."
         raise DataIntegrityError(msg)
     others = [str(key) for key, value in state.items() if not isinstance(value, Tensor)]
-    if others:
+    if others and not nested:
         msg = f"{where} holds what is no tensor ({', '.join(others[:3])}); a state dict of weights was expected."
         raise DataIntegrityError(msg)
     return strip_prefix({str(key): value for key, value in state.items()}, _PREFIXES)
