@@ -25,7 +25,7 @@ def test_version():
     assert result.stdout.strip() == f"stfm {stfm.__version__}"
 
 
-@pytest.mark.parametrize("command", ["demo", "doctor", "train", "embed", "predict"])
+@pytest.mark.parametrize("command", ["demo", "doctor", "train", "embed", "predict", "weights"])
 def test_every_command_has_help(command: str):
     result = runner.invoke(app, [command, "--help"])
     assert result.exit_code == 0
@@ -74,7 +74,8 @@ def test_doctor_lists_cached_weights(tmp_path: Path):
     (tmp_path / "weights" / "a" / "model.safetensors").write_bytes(b"")
     with stfm.settings.override(cache_dir=tmp_path):
         rows = [row for row in _doctor.examine() if row.part == "weights"]
-    assert [row.name for row in rows] == ["a/model.safetensors"]
+    assert [row.name for row in rows] == [*stfm.weights.list_weights().index, "a/model.safetensors"]
+    assert all(row.advice for row in rows if row.state != "ok")
 
 
 def test_wrong_slide_names():

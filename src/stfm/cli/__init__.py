@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from stfm._version import __version__
+from stfm.cli import _weights
 
 app = typer.Typer(
     name="stfm",
@@ -17,7 +18,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-_Model = Annotated[str, typer.Option(help="Name of a model (st-align-small, ...) or folder of a trained one.")]
+app.add_typer(_weights.app, name="weights")
+
+_Model = Annotated[str, typer.Option(help="Name of a model (st-align-small, ...).")]
+_Trained = Annotated[str, typer.Option(help="Folder of a trained model, or name of weights.")]
 _Library = Annotated[str | None, typer.Option(help="Column of obs that tells the libraries (sections) apart.")]
 _Layer = Annotated[str | None, typer.Option(help="Layer with raw counts, if X does not hold them.")]
 _Image = Annotated[Path | None, typer.Option(help="H&E image file, if the slide does not carry one.")]
@@ -87,8 +91,8 @@ def train(
 def embed(
     slide: _Slide,
     *,
-    model: _Model,
     out: _Out,
+    model: _Trained = "default",
     library_key: _Library = None,
     layer: _Layer = None,
     image: _Image = None,
@@ -106,9 +110,9 @@ def predict(
     *,
     reference: Annotated[list[str], typer.Option(help="Slide with H&E and counts to learn from; may be repeated.")],
     out: _Out,
-    features: Annotated[str, typer.Option(help="Image features: an encoder, or the folder of a trained model.")] = (
-        "handcrafted"
-    ),
+    features: Annotated[
+        str, typer.Option(help="Image features: an encoder, the folder of a trained model, or weights.")
+    ] = ("handcrafted"),
     gene: Annotated[list[str] | None, typer.Option(help="Gene to predict; may be repeated.")] = None,
     layer: _Layer = None,
     image: _Image = None,

@@ -78,11 +78,12 @@ def predict(
 ) -> None:
     """Predict expression from H&E alone and save the slide."""
     from stfm import models, tl
+    from stfm.weights import WEIGHTS
 
     check_output(out, suffix=".h5ad")
     adata = open_slide(slide)
     known = [open_slide(name) for name in reference]
-    source = models.load(features) if Path(features).is_dir() else features
+    source = models.load(features) if features in WEIGHTS or Path(features).is_dir() else features
     tl.predict_expression(
         adata, reference=known, features=source, genes=genes or None, layer=layer, image=image, mpp=mpp
     )

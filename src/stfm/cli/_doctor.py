@@ -121,6 +121,7 @@ def _cache() -> list[Finding]:
         ),
         offline,
         Finding("network", "mirror", settings.mirror or "none (public repositories)"),
+        Finding("network", "folder of weights", str(settings.weights_dir or "none (STFM_WEIGHTS)")),
     ]
 
 
@@ -149,12 +150,27 @@ def _extras() -> list[Finding]:
 
 
 def _weights() -> list[Finding]:
+    """Say which named weights are here, and what else lies in the cache."""
+    from stfm.weights import WEIGHTS, list_weights, path
+
+    rows = []
+    for name, there in list_weights()["there"].items():
+        if there:
+            rows.append(Finding("weights", str(name), f"{WEIGHTS.get(str(name)).label} in {path(str(name))}"))
+        else:
+            rows.append(Finding("weights", str(name), "not here", "note", _how_to_get(str(name))))
     folder = settings.cache_dir / "weights"
-    found = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.safetensors"))
-    if found:
-        return [Finding("weights", name, str(folder / name)) for name in found]
-    advice = "models train from scratch with stfm.tl.train; a saved one is named by its folder"
-    return [Finding("weights", "cached", "none", "note", advice)]
+    found = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*.safetensors"))
+    others = [name for name in found if name.split("/")[0] not in WEIGHTS]
+    return [*rows, *(Finding("weights", name, str(folder / name)) for name in others)]
+
+
+def _how_to_get(name: str) -> str:
+    from stfm.weights import WEIGHTS
+
+    if WEIGHTS.get(name).packaged:
+        return "not in this version; models train from scratch with stfm.tl.train, a saved one is named by its folder"
+    return f"stfm weights fetch {name}"
 
 
 def show(*, as_json: bool = False) -> None:
