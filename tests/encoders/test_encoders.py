@@ -22,8 +22,19 @@ G = 40
 SHORT = {
     "ae-img": {"depths": [1, 1, 1, 1], "widths": [8, 16, 16, 16]},
     "uni": {"width": 32, "depth": 2, "heads": 4},
-    "clip-vit-b32": {"width": 32, "depth": 2, "heads": 4, "out_width": 16},
-    "plip-vit-b32": {"width": 32, "depth": 2, "heads": 4, "out_width": 16},
+    "uni2": {"width": 32, "depth": 2, "heads": 4, "hidden": 48},
+    "gigapath": {"width": 32, "depth": 2, "heads": 4, "hidden": 48},
+    "hibou-b": {"width": 32, "depth": 2, "heads": 4, "hidden": 48},
+    "hibou-l": {"width": 32, "depth": 2, "heads": 4, "hidden": 48},
+    "h-optimus-0": {"width": 32, "depth": 2, "heads": 4, "hidden": 48},
+    "h0-mini": {"width": 32, "depth": 2, "heads": 4, "hidden": 48},
+    "phikon": {"width": 32, "depth": 2, "heads": 4},
+    "ctranspath": {"width": 16, "depths": [2, 2, 2, 2], "heads": [1, 2, 2, 4]},
+    "conch": {"input_px": 64, "width": 32, "depth": 2, "heads": 4, "out_width": 16},
+    "clip": {"width": 32, "depth": 2, "heads": 4, "out_width": 16},
+    "plip": {"width": 32, "depth": 2, "heads": 4, "out_width": 16},
+    "resnet50": {"depths": [1, 1, 1, 1], "widths": [8, 16, 16, 16]},
+    "densenet121": {"growth": 8, "depths": [1, 2, 2, 1], "first": 16},
     "scgpt": {"n_ids": 60, "width": 32, "depth": 2, "heads": 4, "hidden": 32},
     "scfoundation": {"n_table": 60, "width": 32, "depth": 2, "heads": 4, "n_bins": 7},
     "novae": {"width": 12, "hidden": 16, "depth": 2, "heads": 4, "out_width": 8, "prototypes": 5, "histology": 3},
@@ -179,10 +190,11 @@ def test_uni_has_the_published_layout(weights_folder: Path):
 
 def test_plip_reads_the_transformers_layout(weights_folder: Path):
     with torch.device("meta"):
-        encoder = build_encoder("plip-vit-b32")
+        encoder = build_encoder("plip")
     listed = listed_shapes(weights_folder / "encoder_shapes_hf.txt", "HF CLIPModel B/32 (PLIP):")
     state = {name: torch.empty(shape, device="meta") for name, shape in listed.items()}
-    converted = encoder.backbone.convert_state(state)
+    layout = next(one for one in encoder.backbone.layouts if one.matches(state))
+    converted = layout.read(state)
     own = encoder.backbone.state_dict()
     assert {k: v.shape for k, v in converted.items()} == {k: v.shape for k, v in own.items()}
 
@@ -223,12 +235,12 @@ def to_transformers(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def test_clip_layouts_give_the_same_tower():
-    reference = make("clip-vit-b32").eval()
+    reference = make("clip").eval()
     state = reference.backbone.state_dict()
     openai = {f"visual.{k}": v for k, v in state.items()} | {"logit_scale": torch.zeros(())}
-    x = example("clip-vit-b32", 2)
+    x = example("clip", 2)
     for layout in (openai, to_transformers(state)):
-        encoder = build_encoder("plip-vit-b32", options=SHORT["plip-vit-b32"], weights=layout).eval()
+        encoder = build_encoder("plip", options=SHORT["plip"], weights=layout).eval()
         torch.testing.assert_close(encoder(x), reference(x))
 
 

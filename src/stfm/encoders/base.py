@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stfm._errors import DataIntegrityError, InputError, MissingKeyError
-from stfm._validate import check_choice
+from stfm._errors import InputError, MissingKeyError
+from stfm._validate import check_choice, did_you_mean
+from stfm.encoders.checkpoint import load_strictly
+from stfm.encoders.scale import ON_MPP, fit_scale
 from stfm.encoders.spec import MODES, EncoderSpec
 from stfm.nn.lora import apply_lora
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Mapping
+    from pathlib import Path
 
     from stfm.slide.genes import Vocabulary
 
@@ -80,36 +81,42 @@ class Encoder(nn.Module):
         Parameters
         ----------
         source
-            A ``.safetensors`` file, a PyTorch file (opened with ``weights_only=True``) or a state dict.
+            A ``.safetensors`` file, a PyTorch file (opened with ``weights_only=True``), a state dict,
+            ``"hub:owner/repository/file"`` on the Hugging Face hub, or a URL.
 
         Raises
         ------
         DataIntegrityError
             The file is of another architecture; the message names what is missing.
         """
-        state = read_state(source) if isinstance(source, (str, Path)) else dict(source)
-        convert = getattr(self.backbone, "convert_state", None)
-        if convert is not None:
-            state = convert(state)
-        own = self.backbone.state_dict()
-        missing = [k for k in own if k not in state and "lora_" not in k]
-        wrong = [k for k in own if k in state and state[k].shape != own[k].shape]
-        extra = [k for k in state if k not in own]
-        if missing or wrong or extra:
-            where = source if isinstance(source, (str, Path)) else "state dict"
-            parts = [
-                f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
-                for what, keys in (("missing", missing), ("of another shape", wrong), ("unknown", extra))
-                if keys
-            ]
-            msg = f"{where} does not hold weights of encoder {self.spec.name!r}: {'; '.join(parts)}."
-            raise DataIntegrityError(msg)
-        self.backbone.load_state_dict(state, strict=False)
+        load_strictly(self.backbone, source, name=self.spec.name, gated=self.spec.gated)
         return self
+
+    def published_state(self, layout: str | None = None) -> dict[str, Tensor]:
+        """Return the weights under the parameter names of a public layout.
+
+        Parameters
+        ----------
+        layout
+            Name of one of :attr:`layouts`; None: the names that stfm uses.
+        """
+        state = self.backbone.state_dict()
+        if layout is None:
+            return state
+        maps = {one.name: one for one in getattr(self.backbone, "layouts", ())}
+        if layout not in maps:
+            msg = f"Encoder {self.spec.name!r} has no layout {layout!r}. {did_you_mean(layout, list(maps))}"
+            raise MissingKeyError(msg)
+        return maps[layout].write(state)
+
+    @property
+    def layouts(self) -> list[str]:
+        """Names of the public layouts that :meth:`load_weights` reads."""
+        return [one.name for one in getattr(self.backbone, "layouts", ())]
 
     def fingerprint(self) -> str:
         """Return a hash of the architecture and every weight: equal hashes give equal features."""
-        digest = hashlib.sha256(f"{self.spec}{self.width}{self.extra_repr()}".encode())
+        digest = hashlib.sha256(f"{self.spec.seen()}{self.width}{self.extra_repr()}".encode())
         for name, tensor in sorted(self.state_dict().items()):
             digest.update(f"{name}{tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
@@ -138,26 +145,56 @@ class ImageEncoder(Encoder):
 
     def __init__(self, spec: EncoderSpec, backbone: nn.Module, *, width: int) -> None:
         super().__init__(spec, backbone, width=width)
+        self.on_mpp = "resample"
         self.register_buffer("mean", torch.tensor(spec.mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(spec.std).view(3, 1, 1), persistent=False)
 
-    def forward(self, tiles: Tensor) -> Tensor:
-        """Return ``(b, width)`` from uint8 or float (0..1) tiles ``(b, 3, h, w)``."""
-        return self.backbone(self.prepare(tiles))  # type: ignore[no-any-return]
+    def forward(self, tiles: Tensor, mpp: float | Tensor | None = None) -> Tensor:
+        """Return ``(b, width)``.
+
+        Parameters
+        ----------
+        tiles
+            uint8 or float (0..1) tiles ``(b, 3, h, w)``.
+        mpp
+            µm/px of the tiles, of all or of each ``(b,)``. Tiles at another scale than the encoder's are treated as
+            :attr:`on_mpp` says (:func:`stfm.encoders.scale.fit_scale`); None: nothing is known of the scale.
+        """
+        if not isinstance(mpp, torch.Tensor):
+            return self._encode(tiles, mpp)
+        if self.spec.mpp is None or self.on_mpp == "ignore":
+            return self._encode(tiles, None)
+        kinds, place = mpp.flatten().unique(return_inverse=True)
+        if len(kinds) == 1:
+            return self._encode(tiles, float(kinds[0]))
+        rows = [(place == i).nonzero().flatten() for i in range(len(kinds))]
+        parts = [self._encode(tiles[row], float(kind)) for row, kind in zip(rows, kinds, strict=True)]
+        return torch.cat(parts)[torch.cat(rows).argsort()]
+
+    def _encode(self, tiles: Tensor, mpp: float | None) -> Tensor:
+        views, n = fit_scale(self._pixels(tiles), self.spec, mpp, on_mpp=self.on_mpp)
+        features: Tensor = self.backbone((views - self.mean) / self.std)
+        return features if n == 1 else features.unflatten(0, (-1, n)).mean(dim=1)
 
     def prepare(self, tiles: Tensor) -> Tensor:
         """Return the tiles as the backbone reads them: float, resized, normalised."""
+        return (fit_scale(self._pixels(tiles), self.spec)[0] - self.mean) / self.std
+
+    def set_on_mpp(self, on_mpp: str) -> ImageEncoder:
+        """Choose what happens to tiles at another µm/px: ``"resample"``, ``"error"``, ``"ignore"``."""
+        self.on_mpp = check_choice("on_mpp", on_mpp, ON_MPP)
+        return self
+
+    def extra_repr(self) -> str:
+        """Return name, width, mode and what is done about another scale."""
+        return f"{super().extra_repr()}, on_mpp={self.on_mpp!r}"
+
+    def _pixels(self, tiles: Tensor) -> Tensor:
         if tiles.ndim != 4 or tiles.shape[1] != 3:
             msg = f"tiles must be (b, 3, h, w), got {tuple(tiles.shape)}."
             raise InputError(msg)
         x = tiles.to(self.mean.dtype)
-        if not tiles.is_floating_point():
-            x = x / 255.0
-        size = self.spec.input_px
-        if size is not None and x.shape[-2:] != (size, size):
-            x = F.interpolate(x, size=(size, size), mode=self.spec.interpolation, align_corners=False, antialias=True)
-            x = x.clamp(0.0, 1.0)
-        return (x - self.mean) / self.std
+        return x if tiles.is_floating_point() else x / 255.0
 
 
 class GeneEncoder(Encoder):
@@ -213,40 +250,3 @@ class GeneEncoder(Encoder):
         if bind is not None:
             bind(vocabulary)
         return self
-
-
-def read_state(path: str | Path) -> dict[str, Tensor]:
-    """Return the tensors of a weights file (safetensors, or PyTorch with ``weights_only=True``)."""
-    path = Path(path).expanduser()
-    if not path.is_file():
-        msg = f"There is no weights file {path}."
-        raise MissingKeyError(msg)
-    if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            msg = f"{path} is not a readable safetensors file ({error}); fetch it again."
-            raise DataIntegrityError(msg) from error
-    from pickle import UnpicklingError
-
-    try:
-        state: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except (UnpicklingError, RuntimeError, EOFError) as error:
-        msg = f"{path} cannot be opened safely ({type(error).__name__}); convert it to safetensors."
-        raise DataIntegrityError(msg) from error
-    for key in ("state_dict", "model", "teacher"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    return strip_prefix(state, ("module.", "backbone."))
-
-
-def strip_prefix(state: Mapping[str, Tensor], prefixes: Iterable[str]) -> dict[str, Tensor]:
-    """Return a state dict without prefixes that every key carries."""
-    out = dict(state)
-    for prefix in prefixes:
-        if out and all(key.startswith(prefix) for key in out):
-            out = {key.removeprefix(prefix): value for key, value in out.items()}
-    return out

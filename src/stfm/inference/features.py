@@ -16,6 +16,7 @@ from stfm._errors import InputError, StfmWarning
 from stfm._logging import get_logger
 from stfm._progress import progress
 from stfm._settings import settings
+from stfm.encoders.base import ImageEncoder
 from stfm.inference.device import autocast, evaluating, resolve_device
 from stfm.inference.readahead import read_ahead
 from stfm.inference.stream import reading_order
@@ -203,13 +204,15 @@ def _compute(
             indices = order[start : start + batch_size]
             yield indices, torch.from_numpy(inputs.tiles(indices, level)).permute(0, 3, 1, 2)
 
+    # Only encoders of stfm take the µm/px of the tiles; they resample or refuse another than their own.
+    scale = {"mpp": inputs.tile_mpp(level)[0]} if isinstance(encoder, ImageEncoder) else {}
     with (
         evaluating(encoder, device),
         autocast(device, precision),
         progress(f"Features of {inputs.slide.name}", inputs.n_obs) as advance,
     ):
         for indices, pixels in read_ahead(tiles(), depth=_AHEAD):
-            values = encoder(pixels.to(device)).float().cpu().numpy()
+            values = encoder(pixels.to(device), **scale).float().cpu().numpy()
             if result is None:
                 result = allocate((inputs.n_obs, values.shape[1]))
             result[indices] = values

@@ -15,6 +15,7 @@ __getattr__, __dir__, __all__ = _lazy.attach(
         "STAlignConfig": "st_align_config",
         "StormMultiBranchConfig": "storm_multibranch_config",
         "create": "registry",
+        "list_encoders": "registry",
         "list_models": "registry",
         "load": "registry",
     },

@@ -13,15 +13,16 @@ import torch
 from stfm._errors import InputError, StfmWarning, WrongTypeError
 from stfm._validate import did_you_mean
 from stfm.encoders.build import build_encoder
-from stfm.encoders.registry import ENCODERS
+from stfm.encoders.registry import ENCODERS, custom_spec
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from numpy.typing import NDArray
     from torch import Tensor
 
     from stfm.encoders.base import Encoder, GeneEncoder, ImageEncoder
+    from stfm.encoders.spec import EncoderSpec
     from stfm.models.inputs import SlideInputs
     from stfm.nn.batch import Batch
     from stfm.slide.genes import Vocabulary
@@ -38,39 +39,49 @@ class EncoderChoice:
     Parameters
     ----------
     name
-        Name of :func:`stfm.encoders.list_encoders`.
+        Name of :func:`stfm.encoders.list_encoders`, ``"timm:<model>"``, or for images a callable, tiles -> features. A
+        model with a callable works and trains, and cannot be saved: register the encoder to save it.
     mode
         ``"full"``, ``"frozen"`` or ``"lora"``; None takes the encoder's own.
     weights
-        File of a checkpoint in the published layout; read when the model is made, not when it is loaded.
+        Checkpoint in a published layout, as :func:`stfm.encoders.build_encoder` takes it (a file, a URL, ``"hub"``);
+        read when the model is made, not when it is loaded.
     options
         Arguments of the encoder's family.
     lora_rank
         Rank of the low-rank additions.
+    on_mpp
+        What is done with tiles at another µm/px than the encoder's: ``"resample"``, ``"error"`` or ``"ignore"``.
     """
 
-    name: str
+    name: str | Callable[[Tensor], Tensor]
     mode: str | None = None
     weights: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     lora_rank: int = 8
+    on_mpp: str = "resample"
+
+    @property
+    def spec(self) -> EncoderSpec:
+        """What is known of the encoder before it is built."""
+        return ENCODERS.get(self.name) if isinstance(self.name, str) else custom_spec(self.name)
 
     @property
     def modality(self) -> str:
         """``"image"`` or ``"gene"``."""
-        return ENCODERS.get(self.name).modality
+        return self.spec.modality
 
     @property
     def used_as(self) -> str:
         """The mode, resolved."""
-        return self.mode or ENCODERS.get(self.name).mode
+        return self.mode or self.spec.mode
 
 
 def as_choice(slot: str, value: Any, modality: str) -> EncoderChoice | None:
     """Return a choice from a name, a mapping (of JSON), a choice or None; the modality must fit the slot."""
     if value is None:
         return None
-    if isinstance(value, str):
+    if isinstance(value, str) or (callable(value) and not isinstance(value, type)):
         value = EncoderChoice(value)
     elif isinstance(value, Mapping):
         known = [f.name for f in fields(EncoderChoice)]
@@ -88,6 +99,24 @@ def as_choice(slot: str, value: Any, modality: str) -> EncoderChoice | None:
         msg = f"{slot} needs an encoder of {modality}s, and {value.name!r} reads {value.modality}s."
         raise InputError(msg)
     return value
+
+
+def check_saveable(config: Any) -> None:
+    """Refuse to save a model with an encoder that no name stands for.
+
+    Parameters
+    ----------
+    config
+        Configuration of a model.
+    """
+    for slot in fields(config):
+        choice = getattr(config, slot.name)
+        if isinstance(choice, EncoderChoice) and not isinstance(choice.name, str):
+            msg = (
+                f"{slot.name} is a callable, which cannot be written to a file. Register it under a name "
+                "(stfm.encoders.ENCODERS.register(name, EncoderSpec(...))) and make the model with that name."
+            )
+            raise InputError(msg)
 
 
 def build_image(choice: EncoderChoice, *, pretrained: bool) -> ImageEncoder:
@@ -108,7 +137,7 @@ def build_gene(choice: EncoderChoice, vocabulary: Vocabulary | None, *, pretrain
 
 
 def _build(choice: EncoderChoice, vocabulary: Vocabulary | None, *, pretrained: bool) -> Encoder:
-    if pretrained and choice.weights is None and ENCODERS.get(choice.name).source == "published":
+    if pretrained and choice.weights is None and choice.spec.source == "published":
         msg = (
             f"Encoder {choice.name!r} starts from random weights: its published checkpoint is not part of stfm. "
             f"Give your own copy in the configuration: {{'name': {choice.name!r}, 'weights': 'file.safetensors'}}."
@@ -121,6 +150,7 @@ def _build(choice: EncoderChoice, vocabulary: Vocabulary | None, *, pretrained: 
         weights=choice.weights if pretrained else None,
         options=choice.options,
         lora_rank=choice.lora_rank,
+        on_mpp=choice.on_mpp,
     )
 
 

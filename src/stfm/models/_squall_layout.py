@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from stfm._errors import DataIntegrityError, InputError
-from stfm.encoders.base import read_state
+from stfm.weights.state import read_state
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

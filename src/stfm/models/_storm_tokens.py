@@ -99,7 +99,7 @@ class ImageTokens(nn.Module):
         """Return scaled features of the batch's spots, ``(n, width)``; None without H&E."""
         raw = batch.spot_features
         if raw is None and batch.spot_tiles is not None:
-            raw = self.encode(batch.spot_tiles)
+            raw = self.encode(batch.spot_tiles, batch.spot_mpp)
         elif raw is not None and not self.encoder.frozen:
             msg = (
                 f"The batch holds precomputed image features, but encoder {self.encoder.spec.name!r} is not frozen "
@@ -115,14 +115,15 @@ class ImageTokens(nn.Module):
         scaled: Tensor = self.scaler(raw)
         return scaled
 
-    def encode(self, tiles: Tensor) -> Tensor:
-        """Return the features of all contexts of a spot side by side, ``(n, c f)``."""
+    def encode(self, tiles: Tensor, mpp: Tensor | None = None) -> Tensor:
+        """Return the features of all contexts of a spot side by side, ``(n, c f)``; ``mpp`` is their µm/px."""
         if tiles.ndim == 4:
             tiles = tiles[:, None]
         if tiles.shape[1] != self.n_contexts:
             msg = f"the model reads {self.n_contexts} tiles a spot, got {tiles.shape[1]}."
             raise InputError(msg)
-        return self.encoder(tiles.flatten(0, 1)).unflatten(0, (-1, self.n_contexts)).flatten(1)  # type: ignore[no-any-return]
+        features = self.encoder(tiles.flatten(0, 1), None if mpp is None else mpp.flatten())
+        return features.unflatten(0, (-1, self.n_contexts)).flatten(1)  # type: ignore[no-any-return]
 
     def forward(self, features: Tensor) -> Tensor:
         """Return tokens, ``(n, d)``, of scaled features."""

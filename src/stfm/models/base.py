@@ -18,6 +18,7 @@ from stfm._validate import check_choice
 from stfm._version import __version__
 from stfm.models._card import About, model_card
 from stfm.models._half import DTYPES, stored
+from stfm.models._slots import check_saveable
 from stfm.slide.genes import Vocabulary
 
 if TYPE_CHECKING:
@@ -242,6 +243,7 @@ class Model(nn.Module, ABC):
 
         check_choice("dtype", dtype, DTYPES)
         self.about.check()
+        check_saveable(self.config)
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         # The configuration goes last: a folder that has it is whole.

@@ -149,7 +149,7 @@ class Contrastive(Model):
             )
             raise InputError(msg)
         if features is None and batch.spot_tiles is not None:
-            features = self.image(batch.spot_tiles)
+            features = self.image(batch.spot_tiles, batch.spot_mpp)
         image = None if features is None else F.normalize(self.image_projection(features), dim=-1)
         gene = None
         if batch.counts is not None:

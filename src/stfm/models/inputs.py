@@ -196,6 +196,8 @@ class SlideInputs:
         return Batch(
             spot_tiles=spot_tiles,
             niche_tiles=niche_tiles,
+            spot_mpp=None if spot_tiles is None else self._mpp("spot", len(index)),
+            niche_mpp=None if niche_tiles is None else self._mpp("niche", len(index)),
             spot_features=spot_features,
             niche_features=niche_features,
             counts=None if counts is None else torch.from_numpy(counts),
@@ -220,6 +222,17 @@ class SlideInputs:
             sizes = [reader.read(indices, size_um=size, size_px=px) for size in self.spec.contexts_um]
             return np.stack(sizes, axis=1)
         return reader.read(indices, size_um=self.tile_um(level), size_px=px)
+
+    def tile_mpp(self, level: str) -> tuple[float, ...]:
+        """Return the µm/px of the ``"spot"`` tiles, one of each context, or of the ``"niche"`` tile."""
+        px = self.spec.spot_px if level == "spot" else self.spec.niche_px
+        contexts = self.spec.contexts_um if level == "spot" else ()
+        return tuple(size / (px or 1) for size in contexts or (self.tile_um(level),))
+
+    def _mpp(self, level: str, n: int) -> torch.Tensor:
+        """Return the same of n spots, float32 ``(n,)``, or ``(n, c)`` of c contexts."""
+        each = torch.tensor(self.tile_mpp(level), dtype=torch.float32).expand(n, -1)
+        return each if level == "spot" and self.spec.contexts_um else each[:, 0]
 
     def expression(self, indices: NDArray[np.int64]) -> NDArray[np.float32]:
         """Return ``log1p(1e4 c / sum c)`` on the vocabulary, float32 ``(b, G)``; the sum is over all measured genes.

@@ -67,11 +67,17 @@ class Level(nn.Module):
         self.modality_dropout = config.modality_dropout
 
     def forward(
-        self, *, tiles: Tensor | None, features: Tensor | None, counts: Tensor | None, mask: Tensor | None
+        self,
+        *,
+        tiles: Tensor | None,
+        features: Tensor | None,
+        counts: Tensor | None,
+        mask: Tensor | None,
+        mpp: Tensor | None = None,
     ) -> LevelOutput:
         """Return the level's vectors; ``features`` of a frozen image encoder stand in for ``tiles``."""
         if features is None and tiles is not None:
-            features = self.image(tiles)
+            features = self.image(tiles, mpp)
         elif features is not None and not self.image.frozen:
             msg = (
                 f"The batch holds precomputed image features, but encoder {self.image.spec.name!r} is not frozen "
@@ -205,6 +211,7 @@ class STAlign(Model):
             spot = name == "spot"
             outputs[name] = level(
                 tiles=batch.spot_tiles if spot else batch.niche_tiles,
+                mpp=batch.spot_mpp if spot else batch.niche_mpp,
                 features=batch.spot_features if spot else batch.niche_features,
                 counts=batch.counts if spot else batch.niche_counts,
                 mask=batch.gene_mask,

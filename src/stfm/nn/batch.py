@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import torch
 
 _IMAGE = ("spot_tiles", "niche_tiles", "spot_features", "niche_features")
+_SCALE = ("spot_mpp", "niche_mpp")
 _GENE = ("counts", "niche_counts", "totals", "measured", "gene_mask")
 
 
@@ -27,6 +28,8 @@ class Batch:
     ----------
     spot_tiles, niche_tiles
         H&E around the spot and around its niche, uint8 ``(b, 3, h, w)``; of several sizes ``(b, c, 3, h, w)``.
+    spot_mpp, niche_mpp
+        µm/px of the tiles, float32 ``(b,)``; of several sizes ``(b, c)``.
     spot_features, niche_features
         Features of a frozen image encoder, float32 ``(b, f)``; they stand in for the tiles.
     counts
@@ -53,6 +56,8 @@ class Batch:
 
     spot_tiles: Tensor | None = None
     niche_tiles: Tensor | None = None
+    spot_mpp: Tensor | None = None
+    niche_mpp: Tensor | None = None
     spot_features: Tensor | None = None
     niche_features: Tensor | None = None
     counts: Tensor | None = None
@@ -101,7 +106,7 @@ class Batch:
 
     def without(self, *modalities: str) -> Batch:
         """Return the batch without ``"image"`` or ``"gene"``."""
-        groups = {"image": _IMAGE, "gene": _GENE}
+        groups = {"image": (*_IMAGE, *_SCALE), "gene": _GENE}
         for modality in modalities:
             if modality not in groups:
                 msg = f"modalities are 'image' and 'gene', got {modality!r}."

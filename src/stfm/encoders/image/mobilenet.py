@@ -4,21 +4,25 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stfm._errors import InputError
 from stfm._validate import check_choice
 from stfm.encoders.base import ImageEncoder
+from stfm.encoders.image.pooling import Pooling
+from stfm.encoders.keymap import KeyMap
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from stfm.encoders.spec import EncoderSpec
 
 CHANNELS = (16, 24, 32, 64, 96, 160, 320)
 REPEATS = (1, 2, 3, 4, 3, 3, 1)
 STRIDES = (1, 2, 2, 2, 1, 2, 1)
-FEATURES = ("stages", "last")
+HEAD = 1280
+FEATURES = {"stages": "stage-means", "last": "mean"}
 
 
 class SameConv(nn.Module):
@@ -71,15 +75,25 @@ class MobileNetV2(nn.Module):
     Parameters
     ----------
     features
-        ``"stages"``: the means of all seven stages and of the head, 1,992 numbers (early stages see texture, late
-        ones objects); ``"last"``: of the head alone, 1,280.
+        An older name of ``pooling``: ``"stages"`` for ``"stage-means"``, ``"last"`` for ``"mean"``.
+    pooling, stages
+        ``"stage-means"``: the means of all seven stages and of the head, 1,992 numbers (early stages see texture, late
+        ones objects); ``"mean"``: of the head alone, 1,280; see :class:`~stfm.encoders.image.pooling.Pooling`.
     classifier
         Build the ImageNet classifier too (:meth:`classify`); otherwise it is dropped from checkpoints.
     """
 
-    def __init__(self, *, features: str = "stages", classifier: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        features: str = "stages",
+        pooling: str | None = None,
+        stages: Sequence[int] | None = None,
+        classifier: bool = False,
+    ) -> None:
         super().__init__()
-        self.features = check_choice("features", features, FEATURES)
+        kind = pooling or FEATURES[check_choice("features", features, tuple(FEATURES))]
+        self.pool = Pooling(kind, widths=[*CHANNELS, HEAD], stages=stages)
         self.stem = SameConv(3, 32, kernel=3, stride=2)
         in_width = 32
         for i, (width, repeats, stride) in enumerate(zip(CHANNELS, REPEATS, STRIDES, strict=True)):
@@ -89,35 +103,46 @@ class MobileNetV2(nn.Module):
                 blocks.append(InvertedResidual(in_width, width, stride=step, expansion=6 if i else 1))
                 in_width = width
             self.add_module(f"s{i + 1}", nn.Sequential(*blocks))
-        self.head = SameConv(in_width, 1280)
-        self.classifier = nn.Linear(1280, 1001) if classifier else None
-        self.width = 1280 if features == "last" else sum(CHANNELS) + 1280
+        self.head = SameConv(in_width, HEAD)
+        self.classifier = nn.Linear(HEAD, 1001) if classifier else None
+        self.layouts = (KeyMap("folded", dropped=() if classifier else (r"classifier\..+",)),)
+        self.width = self.pool.width
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``(b, width)``."""
+        maps = self._maps(x)
+        stages = [self.pool.moments(one) for i, one in enumerate(maps) if self.pool.takes(i)]
+        return self.pool.join(stages, patches=maps[-1])
+
+    def _maps(self, x: Tensor) -> list[Tensor]:
         x = self.stem(x)
-        means = []
+        maps = []
         for i in range(len(CHANNELS)):
             x = self.get_submodule(f"s{i + 1}")(x)
-            if self.features == "stages":
-                means.append(x.mean(dim=(2, 3)))
-        means.append(self.head(x).mean(dim=(2, 3)))
-        return torch.cat(means, dim=1)
+            maps.append(x)
+        return [*maps, self.head(x)]
 
     def classify(self, x: Tensor) -> Tensor:
         """Return the logits of ImageNet's classes (0 is background), ``(b, 1001)``."""
         if self.classifier is None:
             msg = "This MobileNetV2 has no classifier; build it with classifier=True."
             raise InputError(msg)
-        return self.classifier(self(x)[:, -1280:])  # type: ignore[no-any-return]
-
-    def convert_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Drop the classifier of a checkpoint unless it was asked for."""
-        keep = self.classifier is not None
-        return {k: v for k, v in state.items() if keep or not k.startswith("classifier.")}
+        return self.classifier(self._maps(x)[-1].mean(dim=(2, 3)))  # type: ignore[no-any-return]
 
 
-def mobilenetv2(spec: EncoderSpec, *, features: str = "stages", classifier: bool = False) -> ImageEncoder:
+def mobilenetv2(
+    spec: EncoderSpec,
+    *,
+    features: str = "stages",
+    pooling: str | None = None,
+    stages: Sequence[int] | None = None,
+    classifier: bool = False,
+) -> ImageEncoder:
     """Build a MobileNetV2; options as in :class:`MobileNetV2`."""
-    backbone = MobileNetV2(features=features, classifier=classifier)
+    backbone = MobileNetV2(
+        features=features,
+        pooling=pooling or (None if features == "last" else spec.pooling or None),
+        stages=stages,
+        classifier=classifier,
+    )
     return ImageEncoder(spec, backbone, width=backbone.width)

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from stfm._errors import InputError
 from stfm._validate import check_choice
 from stfm.encoders.base import ImageEncoder
+from stfm.encoders.image.pooling import Pooling
+from stfm.encoders.keymap import KeyMap
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -91,10 +93,22 @@ class ResNet(nn.Module):
         3 × 3 with stride 1, which keeps the resolution of small tiles at 16 times the cost.
     norm
         ``"batch"`` (converts to synchronised batch norm) or ``"group"`` (does not look at the batch).
+    pooling, stages
+        See :class:`~stfm.encoders.image.pooling.Pooling`; stages are ``layer1`` to ``layer4``.
     """
 
+    layouts = (KeyMap("torchvision", dropped=(r"fc\..+",)),)
+
     def __init__(
-        self, *, block: str, depths: Sequence[int], widths: Sequence[int], stem: str = "imagenet", norm: str = "batch"
+        self,
+        *,
+        block: str,
+        depths: Sequence[int],
+        widths: Sequence[int],
+        stem: str = "imagenet",
+        norm: str = "batch",
+        pooling: str = "mean",
+        stages: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         check_choice("block", block, ("basic", "bottleneck"))
@@ -108,7 +122,7 @@ class ResNet(nn.Module):
         large = stem == "imagenet"
         self.conv1 = nn.Conv2d(3, first, 7 if large else 3, 2 if large else 1, 3 if large else 1, bias=False)
         self.bn1 = make_norm(norm, first)
-        self.pool = nn.MaxPool2d(3, 2, 1) if large else nn.Identity()
+        self.maxpool = nn.MaxPool2d(3, 2, 1) if large else nn.Identity()
         in_width = first
         self.n_stages = len(depths)
         for i, (depth, width) in enumerate(zip(depths, widths, strict=True)):
@@ -117,21 +131,21 @@ class ResNet(nn.Module):
                 blocks.append(unit(in_width, width, 2 if i > 0 and j == 0 else 1, norm))
                 in_width = width * unit.expansion
             self.add_module(f"layer{i + 1}", nn.Sequential(*blocks))
-        self.width = in_width
+        self.pool = Pooling(pooling, widths=[w * unit.expansion for w in widths], stages=stages)
+        self.width = self.pool.width
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``(b, width)``."""
-        x = self.pool(F.relu(self.bn1(self.conv1(x))))
+        x = self.maxpool(F.relu(self.bn1(self.conv1(x))))
+        stages = []
         for i in range(self.n_stages):
             x = self.get_submodule(f"layer{i + 1}")(x)
-        return x.mean(dim=(2, 3))
-
-    def convert_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Drop the classifier of a published checkpoint."""
-        return {k: v for k, v in state.items() if not k.startswith("fc.")}
+            if self.pool.takes(i):
+                stages.append(self.pool.moments(x))
+        return self.pool.join(stages, patches=x)
 
 
 def resnet(
@@ -142,7 +156,17 @@ def resnet(
     widths: Sequence[int] = (64, 128, 256, 512),
     stem: str = "imagenet",
     norm: str = "batch",
+    pooling: str | None = None,
+    stages: Sequence[int] | None = None,
 ) -> ImageEncoder:
     """Build a residual network; options as in :class:`ResNet`."""
-    backbone = ResNet(block=block, depths=depths, widths=widths, stem=stem, norm=norm)
+    backbone = ResNet(
+        block=block,
+        depths=depths,
+        widths=widths,
+        stem=stem,
+        norm=norm,
+        pooling=pooling or spec.pooling or "mean",
+        stages=stages,
+    )
     return ImageEncoder(spec, backbone, width=backbone.width)

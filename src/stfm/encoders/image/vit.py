@@ -1,4 +1,4 @@
-"""Vision transformers with the parameter names of timm, as pathology encoders (UNI) are published."""
+"""Vision transformers with the parameter names of timm, as most pathology encoders are published."""
 
 from __future__ import annotations
 
@@ -9,10 +9,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stfm._errors import InputError
+from stfm._validate import check_choice
 from stfm.encoders.base import ImageEncoder
+from stfm.encoders.image.layouts import VIT_LAYOUTS
+from stfm.encoders.image.pooling import Pooling
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from stfm.encoders.spec import EncoderSpec
+
+
+POSITIONS = ("all", "patches")
 
 
 class LayerScale(nn.Module):
@@ -73,12 +81,14 @@ class GatedFeedForward(nn.Module):
 class Block(nn.Module):
     """Pre-norm block, its branches scaled when ``layer_scale`` is given."""
 
-    def __init__(self, width: int, heads: int, hidden: int, layer_scale: float | None, *, gated: bool) -> None:
+    def __init__(
+        self, width: int, heads: int, hidden: int, layer_scale: float | None, *, gated: bool, eps: float = 1e-6
+    ) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.norm1 = nn.LayerNorm(width, eps=eps)
         self.attn = Attention(width, heads)
         self.ls1 = nn.Identity() if layer_scale is None else LayerScale(width, layer_scale)
-        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.norm2 = nn.LayerNorm(width, eps=eps)
         self.mlp = GatedFeedForward(width, hidden) if gated else FeedForward(width, hidden)
         self.ls2 = nn.Identity() if layer_scale is None else LayerScale(width, layer_scale)
 
@@ -101,7 +111,7 @@ class PatchEmbed(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """Vision transformer whose class token, normalised, is the feature.
+    """Vision transformer; the feature is its class token, normalised, unless another pooling is asked for.
 
     Parameters
     ----------
@@ -112,11 +122,18 @@ class VisionTransformer(nn.Module):
     layer_scale
         Start of LayerScale, or None.
     registers
-        Tokens beside the class token that hold nothing of their own (DINOv2 with registers); the table of positions
-        then leaves out the class token.
+        Tokens beside the class token that hold nothing of their own (DINOv2 with registers).
+    positions
+        What the table of positions covers: ``"all"``, the class token and the patches; ``"patches"`` alone.
     gated
         SwiGLU for the feed-forward; ``hidden`` is the width after the gate.
+    eps
+        Of the layer norms.
+    pooling, stages
+        See :class:`~stfm.encoders.image.pooling.Pooling`; stages are blocks, their patches before the last norm.
     """
+
+    layouts = VIT_LAYOUTS
 
     def __init__(
         self,
@@ -129,19 +146,27 @@ class VisionTransformer(nn.Module):
         hidden: int,
         layer_scale: float | None,
         registers: int = 0,
+        positions: str = "all",
         gated: bool = False,
+        eps: float = 1e-6,
+        pooling: str = "cls",
+        stages: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         if image_px % patch or width % heads:
             msg = f"image_px must be a multiple of patch and width of heads: {image_px}, {patch}, {width}, {heads}."
             raise InputError(msg)
-        n_tokens = (image_px // patch) ** 2 + (registers == 0)
+        self.covers_cls = check_choice("positions", positions, POSITIONS) == "all"
+        self.pool = Pooling(pooling, widths=[width] * depth, cls=True, stages=stages)
+        n_tokens = (image_px // patch) ** 2 + self.covers_cls
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.reg_token = nn.Parameter(torch.zeros(1, registers, width)) if registers else None
         self.pos_embed = nn.Parameter(torch.zeros(1, n_tokens, width))
         self.patch_embed = PatchEmbed(patch, width)
-        self.blocks = nn.ModuleList(Block(width, heads, hidden, layer_scale, gated=gated) for _ in range(depth))
-        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.blocks = nn.ModuleList(
+            Block(width, heads, hidden, layer_scale, gated=gated, eps=eps) for _ in range(depth)
+        )
+        self.norm = nn.LayerNorm(width, eps=eps)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         for module in self.modules():
@@ -149,21 +174,36 @@ class VisionTransformer(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
 
+    @property
+    def n_prefix(self) -> int:
+        """Number of tokens before the patches."""
+        return 1 + (0 if self.reg_token is None else self.reg_token.shape[1])
+
     def forward(self, x: Tensor) -> Tensor:
         """Return ``(b, width)``."""
-        x = self.patch_embed(x)
-        first = self.cls_token.expand(len(x), -1, -1)
-        if self.reg_token is None:
-            x = torch.cat([first, x], dim=1) + self.pos_embed
-        else:
-            x = torch.cat([first, self.reg_token.expand(len(x), -1, -1), x + self.pos_embed], dim=1)
-        for block in self.blocks:
-            x = block(x)
-        return self.norm(x[:, 0])  # type: ignore[no-any-return]
+        tokens, stages = self.tokens(x)
+        return self.pool.join(stages, patches=tokens[:, self.n_prefix :], cls=tokens[:, 0])
 
-    def convert_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Drop a classifier, if the checkpoint has one."""
-        return {k: v for k, v in state.items() if not k.startswith("head.")}
+    def tokens(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Return all tokens after the last norm, ``(b, t, d)``, and moments of the stages looked at."""
+        x = self._embedded(x)
+        stages = []
+        for i, block in enumerate(self.blocks):
+            x = block(x)
+            if self.pool.takes(i):
+                stages.append(self.pool.moments(x[:, self.n_prefix :]))
+        return self.norm(x), stages
+
+    def _embedded(self, x: Tensor) -> Tensor:
+        x = self.patch_embed(x)
+        # The table may or may not hold a place for the class token; registers have none and come after it.
+        first = self.cls_token.expand(len(x), -1, -1)
+        if self.covers_cls:
+            first, x = first + self.pos_embed[:, :1], x + self.pos_embed[:, 1:]
+        else:
+            x = x + self.pos_embed
+        middle = [] if self.reg_token is None else [self.reg_token.expand(len(x), -1, -1)]
+        return torch.cat([first, *middle, x], dim=1)
 
 
 def vit(
@@ -176,9 +216,17 @@ def vit(
     hidden: int | None = None,
     layer_scale: float | None = 1e-5,
     registers: int = 0,
+    positions: str | None = None,
     gated: bool = False,
+    eps: float = 1e-6,
+    pooling: str | None = None,
+    stages: Sequence[int] | None = None,
 ) -> ImageEncoder:
-    """Build a vision transformer; options as in :class:`VisionTransformer` (``hidden`` is four times the width)."""
+    """Build a vision transformer; options as in :class:`VisionTransformer`.
+
+    ``layer_scale = 0`` leaves it out. ``hidden`` is four times the width, and the table of positions covers the class
+    token where there are no registers, unless they are given.
+    """
     backbone = VisionTransformer(
         image_px=spec.input_px or 224,
         patch=patch,
@@ -186,8 +234,12 @@ def vit(
         depth=depth,
         heads=heads,
         hidden=hidden or 4 * width,
-        layer_scale=layer_scale,
+        layer_scale=layer_scale or None,
         registers=registers,
+        positions=positions or ("patches" if registers else "all"),
         gated=gated,
+        eps=eps,
+        pooling=pooling or spec.pooling or "cls",
+        stages=stages,
     )
-    return ImageEncoder(spec, backbone, width=width)
+    return ImageEncoder(spec, backbone, width=backbone.pool.width)
