@@ -464,6 +464,7 @@ def register(models: Registry[ModelSpec]) -> None:
     rows = {
         "recommended": ("storm", "STORM with the paper's image tower (H0-mini) and a spatial level of 12 blocks"),
         "paper": ("storm-paper", "the same, masked to the letter: 5 visible spots a modality, nothing else"),
+        "base": ("storm-base", "the tower that stfm trains itself, 2 blocks, d = 128; what is pretrained"),
         "small": ("storm-small", "light towers, 2 blocks, d = 96; trains on two cores"),
         "tiny": ("storm-tiny", "the lightest, d = 48; for tests and first looks"),
     }

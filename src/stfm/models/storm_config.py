@@ -170,7 +170,8 @@ class STORMConfig:
         ----------
         name
             ``"recommended"``: the paper's towers and a spatial level of a ViT-B's size; ``"paper"``: its masking to
-            the letter; ``"small"``, ``"tiny"``: light towers that train on two cores.
+            the letter; ``"base"``: the size that stfm pretrains; ``"small"``, ``"tiny"``: light towers that train on
+            two cores.
         """
         check_choice("preset", name, PRESETS)
         return cls(**PRESETS[name])
@@ -196,6 +197,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     "recommended": {},
     "paper": {"cross_share": 0.0},
     "small": {**_LIGHT, "width": 96, "depth": 2, "heads": 4, "gene_width": 32, "spot_px": 112},
+    "base": {
+        **_LIGHT, "image": EncoderChoice("stfm-tower"), "width": 128, "depth": 2, "heads": 4, "gene_width": 64,
+        "spot_px": 112,
+    },
     "tiny": {
         **_LIGHT, "width": 48, "depth": 1, "heads": 4, "gene_width": 16, "spot_px": 56,
         "feature_components": 64, "contexts_um": (224.0,),

@@ -111,12 +111,11 @@ def drop_genes(batch: Batch, share: float, rng: np.random.Generator) -> Batch:
 
 def augment(batch: Batch, recipe: Recipe, rng: np.random.Generator) -> Batch:
     """Return a batch with turned and cut tiles, other stains and fewer genes, as the recipe says."""
-    there = {name: t for name in ("spot_tiles", "niche_tiles") if (t := getattr(batch, name)) is not None}
-    groups = [[name] for name in there] if recipe.views == "apart" else [list(there)] if there else []
-    for names in groups:
-        for change, amount in _draw(recipe, batch.n_rows, rng):
-            there.update({name: _each(change, there[name], amount) for name in names})
-            batch = replace(batch, **{name: there[name] for name in names})
+    names = ("spot_tiles",) if recipe.changed == "spot" else ("spot_tiles", "niche_tiles")
+    tiles = {name: t for name in names if (t := getattr(batch, name)) is not None}
+    for change, amount in _draw(recipe, batch.n_rows, rng) if tiles else ():
+        tiles = {name: _each(change, t, amount) for name, t in tiles.items()}
+        batch = replace(batch, **tiles)
     return drop_genes(batch, recipe.gene_dropout, rng)
 
 

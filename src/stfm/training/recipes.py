@@ -23,7 +23,7 @@ _CHOICES = {
     "precision": ("auto", "fp32", "bf16"),
     "keep": ("best", "last"),
     "tune": ("full", "head", "lora"),
-    "views": ("together", "apart"),
+    "changed": ("all", "spot"),
 }
 _SHARES = (
     "min_lr_ratio",
@@ -93,9 +93,9 @@ class Recipe:
         which are merged into the weights at the end.
     lora_rank, lora_alpha
         Rank of the additions, and the number that scales them (α / rank).
-    views
-        Whether the tiles of a spot are changed ``"together"``, as two looks at one picture, or ``"apart"``, each by
-        itself.
+    changed
+        Which tiles of a spot are turned, cut and stained anew: ``"all"``, alike, as two looks at one picture, or the
+        ``"spot"`` tile alone.
     flips
         Turn and mirror tiles at random.
     crop
@@ -135,7 +135,7 @@ class Recipe:
     tune: Literal["full", "head", "lora"] = "full"
     lora_rank: int = 8
     lora_alpha: float = 16.0
-    views: Literal["together", "apart"] = "together"
+    changed: Literal["all", "spot"] = "all"
     flips: bool = True
     crop: float = 0.0
     stain_jitter: float = 0.0
@@ -246,16 +246,15 @@ RECIPES: dict[str, Recipe] = {
         weight_decay_end=0.05,
         flips=False,
     ),
-    # Ours: the two tiles of a place are changed apart, and strongly, so that only tissue is left in common.
-    "tile-views": Recipe(
+    # Ours: the teacher's tile stays as it is.
+    "distil": Recipe(
         epochs=20,
         batch_size=128,
-        lr=3e-4,
-        weight_decay=0.01,
-        weight_decay_end=0.01,
-        views="apart",
-        crop=0.5,
-        stain_jitter=0.4,
+        lr=1e-4,
+        weight_decay=0.0,
+        weight_decay_end=0.0,
+        changed="spot",
+        stain_jitter=0.3,
     ),
     # The baselines as in the code of STimage-1K4M: Adam, constant weight decay, no warm-up.
     "contrastive": Recipe(
@@ -277,10 +276,11 @@ RECIPES: dict[str, Recipe] = {
 
 #: registered names whose recipe does not follow from their size
 _OWN = {
-    "storm": "storm", "storm-paper": "storm", "storm-small": "storm-small", "storm-tiny": "storm-small",
+    "storm": "storm", "storm-paper": "storm", "storm-base": "storm-small", "storm-small": "storm-small",
+    "storm-tiny": "storm-small",
     "storm-multibranch": "storm-multibranch", "squall": "storm-multibranch",
     "storm-multibranch-small": "storm-multibranch-small", "storm-multibranch-base": "storm-multibranch-small",
-    "tile-views": "tile-views", "tile-views-small": "tile-views",
+    "distil": "distil", "distil-tiny": "distil",
     "clip": "contrastive", "plip": "contrastive",
 }  # fmt: skip
 
