@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 
 WITH_EXAMPLES = ("pp", "tl", "pl", "get", "metrics")  # every function there shows how it is called
-PACKAGES = (*WITH_EXAMPLES, "datasets", "models", "encoders", "slide")
+PACKAGES = (*WITH_EXAMPLES, "datasets", "models", "encoders", "slide", "weights")
 PUBLIC = {
     f"{package}.{name}": getattr(importlib.import_module(f"stfm.{package}"), name)
     for package in PACKAGES

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-PACKAGES = ("pp", "tl", "pl", "get", "datasets", "metrics", "models", "encoders", "slide")
+PACKAGES = ("pp", "tl", "pl", "get", "datasets", "metrics", "models", "encoders", "slide", "weights")
 ON_DATA = {"pp", "tl", "pl", "get"}  # their first argument is the data
 FOREIGN_NAMES = {"seed", "random_state", "inplace", "n_cpus", "num_workers", "save", "show", "batch_key", "sample_key"}
 OPEN_KEYWORDS = {"models.create", "datasets.load"}  # fields of a config, arguments of a loader: checked by name
