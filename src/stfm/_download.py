@@ -16,7 +16,7 @@ from stfm._progress import progress
 from stfm._settings import settings
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
     import requests
 
@@ -32,7 +32,7 @@ _REFUSED = {401, 403}
 _NOTHING_LEFT = 416
 
 
-def fetch_file(urls: Sequence[str], target: Path, sha256: str | None, *, page: str | None = None) -> Path:
+def fetch_file(url: str, target: Path, sha256: str | None, *, page: str | None = None) -> Path:
     """Return a local copy of a file, fetched where it is missing or damaged.
 
     It is written beside the target and takes its name only when its hash is right: a file is whole or not there.
@@ -41,8 +41,8 @@ def fetch_file(urls: Sequence[str], target: Path, sha256: str | None, *, page: s
 
     Parameters
     ----------
-    urls
-        Where the file is, tried in turn.
+    url
+        Where the file is.
     target
         Where it goes.
     sha256
@@ -61,15 +61,41 @@ def fetch_file(urls: Sequence[str], target: Path, sha256: str | None, *, page: s
     if target.is_file() and _is_whole(target, expected):
         return target
     if settings.offline:
-        _refuse_offline(urls, target, expected)
+        _refuse_offline(url, target, expected)
     with _lock(target):
         if target.is_file():  # another process may have fetched it meanwhile
             if _is_whole(target, expected):
                 return target
             logger.warning("%s is damaged and fetched again", target)
-        _fetch(urls, target, expected, page)
+        _fetch(url, target, expected, page)
         if sha256 is None:
             _memory(target).write_text(sha256_of(target), encoding="ascii")
+    return target
+
+
+def copy_file(source: Path, target: Path) -> Path:
+    """Return a copy of a file, which takes its name when it is whole.
+
+    Parameters
+    ----------
+    source
+        What is copied.
+    target
+        Where it goes.
+
+    Raises
+    ------
+    InputError
+        The folder cannot be written.
+    """
+    with _lock(target):
+        beside = target.with_name(f".{target.name}.copy")
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, beside)
+            beside.replace(target)
+        except OSError as error:
+            raise _unwritable(target, error) from error
     return target
 
 
@@ -99,15 +125,15 @@ def _remembered(target: Path) -> str | None:
     return memory.read_text(encoding="ascii").strip() if target.is_file() and memory.is_file() else None
 
 
-def _refuse_offline(urls: Sequence[str], target: Path, expected: str | None) -> None:
+def _refuse_offline(url: str, target: Path, expected: str | None) -> None:
     if not target.is_file():
         raise InputError(
-            f"{target} is not in the cache and STFM_OFFLINE is set; unset it, or put the file there from {urls[0]}"
+            f"{target} is not in the cache and STFM_OFFLINE is set; unset it, or put the file there from {url}"
         )
     found, wanted = sha256_of(target)[:12], (expected or "")[:12]
     raise DataIntegrityError(
         f"{target} is damaged (sha256 {found}…, expected {wanted}…); delete it and fetch it again "
-        f"without STFM_OFFLINE, or copy it from {urls[0]}"
+        f"without STFM_OFFLINE, or copy it from {url}"
     )
 
 
@@ -141,20 +167,7 @@ def _unwritable(target: Path, error: OSError) -> InputError:
     )
 
 
-def _fetch(urls: Sequence[str], target: Path, expected: str | None, page: str | None) -> None:
-    """Try the addresses in turn; the error of the last one is told."""
-    for number, url in enumerate(urls):
-        try:
-            _fetch_from(url, target, expected, page)
-        except (DataIntegrityError, InputError) as error:
-            if number == len(urls) - 1:
-                raise
-            logger.warning("%s; trying the next address", error)
-        else:
-            return
-
-
-def _fetch_from(url: str, target: Path, expected: str | None, page: str | None) -> None:
+def _fetch(url: str, target: Path, expected: str | None, page: str | None) -> None:
     import pooch
     import requests
 

@@ -136,7 +136,8 @@ def hub(monkeypatch):
         api.token = token
         return api
 
-    monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace(HfApi=start))
+    errors = SimpleNamespace(HfHubHTTPError=ConnectionError)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace(HfApi=start, errors=errors))
     return api
 
 

@@ -23,7 +23,7 @@ def _files(folder: Path) -> list[str]:
 
 
 def _fetch(home, cache, sha256, **more):
-    return _download.fetch_file([f"{home.url}/w.bin"], cache / "weights" / "w.bin", sha256, **more)
+    return _download.fetch_file(f"{home.url}/w.bin", cache / "weights" / "w.bin", sha256, **more)
 
 
 def _ranges(home) -> list[str | None]:
@@ -135,15 +135,10 @@ def test_a_server_that_is_busy_is_asked_again(home, cache, sha256, monkeypatch):
     assert waits[1] == 2 * waits[0]
 
 
-def test_a_second_address_stands_in(home, cache, sha256):
-    urls = ["http://127.0.0.1:1/w.bin", f"{home.url}/w.bin"]
-    assert _download.fetch_file(urls, cache / "w.bin", sha256).read_bytes() == home.content
-
-
 def test_a_dead_port_is_told_at_once(cache, sha256):
     start = time.monotonic()
     with pytest.raises(InputError, match="could not fetch http://127.0.0.1:1/w.*check the network.*put the file at"):
-        _download.fetch_file(["http://127.0.0.1:1/w"], cache / "w", sha256)
+        _download.fetch_file("http://127.0.0.1:1/w", cache / "w", sha256)
     assert time.monotonic() - start < 2
 
 
@@ -231,7 +226,7 @@ def test_a_cache_that_can_only_be_read(home, cache, sha256, monkeypatch):
     monkeypatch.setattr(Path, "mkdir", read_only)
     assert _fetch(home, cache, sha256) == path  # what is there is used
     with pytest.raises(InputError, match=r"cannot be written \(Read-only file system\); set STFM_CACHE.*STFM_WEIGHTS"):
-        _download.fetch_file([f"{home.url}/x.bin"], cache / "weights" / "x.bin", sha256)
+        _download.fetch_file(f"{home.url}/x.bin", cache / "weights" / "x.bin", sha256)
 
 
 def test_a_cache_that_cannot_be_made(home, tmp_path, sha256):

@@ -94,6 +94,16 @@ def test_a_mirror_stands_in_for_the_publisher(home, cache):
     ]
 
 
+def test_addresses_are_tried_in_turn(row, home, cache, sha256):
+    row("twice", urls=("http://127.0.0.1:1", "hub:o/r", home.url), files={"w.bin": sha256})
+    with sf.settings.override(mirror=None), pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "huggingface_hub", None)
+        assert sf.weights.fetch("twice").read_bytes() == home.content
+    row("never", urls=("http://127.0.0.1:1", "http://127.0.0.1:2"), files={"w.bin": sha256})
+    with pytest.raises(InputError, match="could not fetch http://127.0.0.1:2/w.bin"):
+        sf.weights.fetch("never")
+
+
 @pytest.mark.usefixtures("remote", "cache")
 @pytest.mark.parametrize("place", ["remote/w.bin", "w.bin"])
 def test_a_folder_of_ones_own_comes_first(place, home, tmp_path, monkeypatch):
@@ -103,10 +113,11 @@ def test_a_folder_of_ones_own_comes_first(place, home, tmp_path, monkeypatch):
     monkeypatch.setenv("STFM_WEIGHTS", str(own))
     with sf.settings.override(offline=True):
         assert sf.weights.fetch("remote") == sf.weights.path("remote") == own / place
-        assert sf.weights.locate("https://publisher.example/w.bin") == own / "w.bin" if place == "w.bin" else True
-        (own / place).write_bytes(b"damaged")
-        assert sf.weights.verify("remote")["state"].tolist() == ["damaged"]
-        with pytest.raises(DataIntegrityError, match=r"own.*w\.bin is not the file that is meant"):
+        (own / place).write_bytes(b"another")
+        damaged = place == "remote/w.bin"  # under a name that others use, too, it is another file
+        assert sf.weights.verify("remote")["state"].tolist() == ["damaged" if damaged else "absent"]
+        error, said = (DataIntegrityError, r"own.*is not the file") if damaged else (InputError, "STFM_OFFLINE is set")
+        with pytest.raises(error, match=said):
             sf.weights.fetch("remote")
     assert home.asked == []
 
@@ -121,6 +132,41 @@ def test_files_from_the_hub_and_addresses_in_a_folder_of_ones_own(tmp_path):
         assert sf.weights.locate("https://publisher.example/b.bin").read_bytes() == b"1"
         with pytest.raises(DataIntegrityError, match="not the file that is meant"):
             sf.weights.locate("hub:owner/repo/a.bin", sha256=_hash(b"2"))
+        (tmp_path / "own" / "c.bin").write_bytes(b"3")
+        assert sf.weights.locate("hub:other/repo/c.bin", sha256=_hash(b"3")) == tmp_path / "own" / "c.bin"
+        with pytest.raises(InputError, match="STFM_OFFLINE is set"):  # a name alone does not say whose it is
+            sf.weights.locate("https://publisher.example/c.bin")
+
+
+@pytest.mark.usefixtures("cache")
+def test_addresses_that_differ_are_files_that_differ(home):
+    places = {
+        sf.weights.locate(f"{home.url}/{rest}").relative_to(sf.settings.cache_dir / "weights" / "url")
+        for rest in ("a/w.bin", "w.bin", "w.bin?id=1", "w.bin?id=2", "", "../../w")
+    }
+    assert len(places) == 6
+    assert all(len(place.parts) > 1 and ".." not in place.parts for place in places)
+
+
+def test_what_came_through_a_mirror_is_used_without_it(home, cache):
+    with sf.settings.override(mirror=home.url):
+        path = sf.weights.locate("hub:owner/repo/z.bin")
+    with sf.settings.override(offline=True):
+        assert sf.weights.locate("hub:owner/repo/z.bin") == path
+
+
+def test_packaged_files_are_checked(row, tmp_path):
+    (tmp_path / "a").write_text("1")
+    row("shipped", packaged=tmp_path, files={"a": _hash(b"1")})
+    assert sf.weights.fetch("shipped") == tmp_path / "a"
+    (tmp_path / "a").write_text("2")
+    (tmp_path / "b").write_text("2")
+    assert sf.weights.verify("shipped")["state"].tolist() == ["damaged", "unlisted"]
+    with pytest.raises(DataIntegrityError, match="not the file that is meant"):
+        sf.weights.fetch("shipped")
+    (tmp_path / "a").unlink()
+    with pytest.raises(InputError, match="do not come with this version"):
+        sf.weights.fetch("shipped")
 
 
 def test_terms_are_told_with_the_card(row, home, cache, sha256):
@@ -216,6 +262,20 @@ def test_the_hub_says_no(code, gated, said, hub, home):
     assert ("HF_TOKEN" in last) == (code != "EntryNotFound")
 
 
+@pytest.mark.usefixtures("cache")
+def test_a_hub_that_cannot_be_reached_is_told(monkeypatch):
+    errors = pytest.importorskip("huggingface_hub.errors")
+
+    def download(*_args, **_kwargs):
+        raise errors.LocalEntryNotFoundError("nothing")  # what the client says after it has tried for a while
+
+    monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace(hf_hub_download=download, errors=errors))
+    with pytest.raises(
+        InputError, match=r"w\.bin of o/r is not in the cache of the hub, and the hub cannot be reached"
+    ):
+        sf.weights.locate("hub:o/r/w.bin")
+
+
 def test_another_file_from_the_hub_is_refused(hub):
     done = hub(f"'hub:owner/repo/w.bin', sha256={'0' * 64!r}")
     assert "DataIntegrityError: hub:owner/repo/w.bin is not the file that is meant" in done.stderr
@@ -229,7 +289,7 @@ def test_a_row_of_the_hub_is_copied_into_the_cache(row, cache, sha256, home, tmp
         asked.append((repo, file, revision, local_files_only))
         return str(tmp_path / "w.bin")
 
-    errors = SimpleNamespace(EntryNotFoundError=LookupError)
+    errors = SimpleNamespace(EntryNotFoundError=LookupError, HfHubHTTPError=ConnectionError)
     module = SimpleNamespace(hf_hub_download=download, errors=errors)
     monkeypatch.setitem(sys.modules, "huggingface_hub", module)
     row("ofhub", urls=("hub:owner/repo@v1",), files={"w.bin": sha256})
@@ -242,5 +302,6 @@ def test_the_hub_needs_its_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(MissingDependencyError, match=r"pip install 'stfm\[hub\]'"):
         sf.weights.locate("hub:owner/repo/w.bin")
-    with pytest.raises(InputError, match="names no file on the hub; it is written hub:<owner>/<repo>/<file>"):
-        sf.weights.locate("hub:owner/repo")
+    for source in ("hub:owner/repo", "hub:owner", "hub:owner/repo/../../x"):
+        with pytest.raises(InputError, match="names no file on the hub; it is written hub:<owner>/<repo>/<file>"):
+            sf.weights.locate(source)

@@ -58,4 +58,4 @@ def fetch(source: Source, paths: Iterable[str]) -> list[Path]:
 
 def _fetch_one(source: Source, path: str) -> Path:
     base = f"{settings.mirror.rstrip('/')}/{source.name}" if settings.mirror else source.url
-    return fetch_file([f"{base}/{path}"], settings.cache_dir / source.name / path, source.files[path])
+    return fetch_file(f"{base}/{path}", settings.cache_dir / source.name / path, source.files[path])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from stfm._download import fetch_file, sha256_of
-from stfm._errors import DataIntegrityError, InputError, MissingKeyError
+from stfm._errors import DataIntegrityError, InputError, MissingKeyError, StfmError
+from stfm._logging import get_logger
 from stfm._settings import settings
 from stfm._validate import did_you_mean
 from stfm.weights.hub import HUB, fetch_from_hub
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 __all__ = ["fetch", "list_weights", "locate", "path", "verify"]
+
+logger = get_logger(__name__)
 
 _ROOM = "weights"
 _SCHEMES = ("http://", "https://")
@@ -120,9 +124,9 @@ def fetch(name: str) -> Path:
     stfm._errors.MissingKeyError: There is no set of weights 'deflaut'. Did you mean 'default'?
     """
     spec = WEIGHTS.get(name)
-    if spec.packaged:
-        return path(name)
-    folder = next((f for f in _own_folders(spec) if _holds(spec, f)), None)
+    if spec.packaged and _folder(spec) is None:
+        raise InputError(_absent(spec))
+    folder = _folder(spec) if spec.packaged else next((f for f in _own_folders(spec) if _holds(spec, f)), None)
     if folder is not None:
         for file, sha256 in spec.files.items():
             _check(folder / file, sha256)
@@ -198,8 +202,7 @@ def locate(source: str | Path, *, sha256: str | None = None, gated: bool = False
     if text.startswith(HUB):
         return _from_hub(text, sha256, gated=gated)
     if text.startswith(_SCHEMES):
-        parts = urlsplit(text)
-        return _from_address(text, Path("url", parts.netloc.replace(":", "_"), parts.path.lstrip("/")), sha256, gated)
+        return _from_address(text, _key(text), sha256, gated=gated)
     if isinstance(source, str) and source in WEIGHTS:
         return fetch(source)
     local = Path(source).expanduser()
@@ -215,10 +218,10 @@ def locate(source: str | Path, *, sha256: str | None = None, gated: bool = False
 
 
 def _own_folders(spec: WeightsSpec) -> Iterator[Path]:
-    """Return the folders that the user names: one a row, and for a single file the folder itself."""
+    """Return the folders that the user names: one a row; or all in one, where a hash tells whose a file is."""
     if settings.weights_dir is not None:
         yield settings.weights_dir / spec.name
-        if len(spec.files) == 1:
+        if len(spec.files) == 1 and _is_it(settings.weights_dir / next(iter(spec.files)), *spec.files.values()):
             yield settings.weights_dir
 
 
@@ -247,6 +250,10 @@ def _absent(spec: WeightsSpec) -> str:
     )
 
 
+def _is_it(file: Path, sha256: str | None) -> bool:
+    return sha256 is not None and file.is_file() and sha256_of(file) == sha256
+
+
 def _check(file: Path, sha256: str) -> None:
     found = sha256_of(file)
     if found != sha256:
@@ -255,13 +262,23 @@ def _check(file: Path, sha256: str) -> None:
 
 
 def _fetch_one(spec: WeightsSpec, file: str, sha256: str, target: Path) -> None:
-    mirrored = f"{settings.mirror.rstrip('/')}/{_ROOM}/{spec.name}/{file}" if settings.mirror else None
-    if mirrored is None and (base := next((u for u in spec.urls if u.startswith(HUB)), None)):
-        if not (target.is_file() and sha256_of(target) == sha256):
-            fetch_from_hub(f"{base}/{file}", gated=spec.gated, sha256=sha256, target=target)
+    """Try the addresses in turn; the error of the last one is told."""
+    if _is_it(target, sha256):
         return
-    addresses = [mirrored] if mirrored else [f"{base.rstrip('/')}/{file}" for base in spec.urls]
-    fetch_file(addresses, target, sha256, page=spec.card if spec.gated else None)
+    bases = (f"{settings.mirror.rstrip('/')}/{_ROOM}/{spec.name}",) if settings.mirror else spec.urls
+    for number, base in enumerate(bases):
+        address = f"{base.rstrip('/')}/{file}"
+        try:
+            if base.startswith(HUB):
+                fetch_from_hub(address, gated=spec.gated, sha256=sha256, target=target)
+            else:
+                fetch_file(address, target, sha256, page=spec.card if spec.gated else None)
+        except StfmError as error:
+            if number == len(bases) - 1:
+                raise
+            logger.warning("%s; trying the next address", error)
+        else:
+            return
 
 
 def _from_hub(source: str, sha256: str | None, *, gated: bool) -> Path:
@@ -269,29 +286,38 @@ def _from_hub(source: str, sha256: str | None, *, gated: bool) -> Path:
     own = _own_file(key, sha256)
     if own is not None:
         return own
-    if settings.mirror:
-        return _from_address(source, key, sha256, gated)
+    if settings.mirror or (settings.cache_dir / _ROOM / key).is_file():
+        return _from_address(source, key, sha256, gated=gated)
     return fetch_from_hub(source, gated=gated, sha256=sha256)
 
 
-def _from_address(address: str, key: Path, sha256: str | None, gated: bool) -> Path:  # noqa: FBT001
+def _from_address(address: str, key: Path, sha256: str | None, *, gated: bool) -> Path:
     own = _own_file(key, sha256)
     if own is not None:
         return own
     url = f"{settings.mirror.rstrip('/')}/{_ROOM}/{key.as_posix()}" if settings.mirror else address
-    return fetch_file([url], settings.cache_dir / _ROOM / key, sha256, page=address if gated else None)
+    return fetch_file(url, settings.cache_dir / _ROOM / key, sha256, page=address if gated else None)
+
+
+def _key(address: str) -> Path:
+    """Return where the file of an address lies below the cache, one place an address."""
+    parts = urlsplit(address)
+    place = [part for part in parts.path.split("/") if part not in {"", ".", ".."}] or ["file"]
+    if parts.query:
+        place[-1] = f"{hashlib.sha256(parts.query.encode()).hexdigest()[:8]}-{place[-1]}"
+    return Path("url", parts.netloc.replace(":", "_"), *place)
 
 
 def _own_file(key: Path, sha256: str | None) -> Path | None:
-    """Return the file in the user's own folder, by its whole key or by its name alone."""
+    """Return the file in the user's own folder: by its whole key, or by its name where a hash tells that it is it."""
     if settings.weights_dir is None:
         return None
-    for file in (settings.weights_dir / key, settings.weights_dir / key.name):
-        if file.is_file():
-            if sha256 is not None:
-                _check(file, sha256)
-            return file
-    return None
+    file, bare = settings.weights_dir / key, settings.weights_dir / key.name
+    if not file.is_file():
+        return bare if _is_it(bare, sha256) else None
+    if sha256 is not None:
+        _check(file, sha256)
+    return file
 
 
 def _states(spec: WeightsSpec) -> list[tuple[str, str, str, str]]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
+from typing import Any
 
-from stfm._download import sha256_of
+from stfm._download import copy_file, sha256_of
 from stfm._errors import DataIntegrityError, InputError, MissingKeyError
 from stfm._optional import require
 from stfm._settings import settings
@@ -22,7 +22,7 @@ def parse(source: str) -> tuple[str, str, str | None]:
     owner, _, rest = source.removeprefix(HUB).partition("/")
     repo, _, file = rest.partition("/")
     repo, _, revision = repo.partition("@")
-    if not (owner and repo and file):
+    if not (owner and repo and file) or {"..", ""} & set(file.split("/")):
         msg = f"{source!r} names no file on the hub; it is written {HUB}<owner>/<repo>/<file>."
         raise InputError(msg)
     return f"{owner}/{repo}", file, revision or None
@@ -57,7 +57,7 @@ def fetch_from_hub(source: str, *, gated: bool = False, sha256: str | None = Non
     hub = require("huggingface_hub", extra="hub")
     try:
         found = Path(hub.hf_hub_download(repo, file, revision=revision, local_files_only=settings.offline))
-    except (OSError, ValueError, hub.errors.EntryNotFoundError) as error:
+    except (*_errors(hub), hub.errors.EntryNotFoundError) as error:
         raise _explain(hub.errors, error, repo, file, gated=gated) from error
     if sha256 is not None and sha256_of(found) != sha256:
         msg = (
@@ -65,12 +65,12 @@ def fetch_from_hub(source: str, *, gated: bool = False, sha256: str | None = Non
             f"delete {found} and fetch it again."
         )
         raise DataIntegrityError(msg)
-    if target is None:
-        return found
-    target.parent.mkdir(parents=True, exist_ok=True)
-    beside = target.with_name(f".{target.name}.copy")
-    shutil.copyfile(found, beside)
-    return beside.replace(target)
+    return found if target is None else copy_file(found, target)
+
+
+def _errors(hub: Any) -> tuple[type[Exception], ...]:
+    """Return what the client raises: its own errors, and through their bases those of its HTTP library."""
+    return (OSError, ValueError, *hub.errors.HfHubHTTPError.__bases__)
 
 
 def _explain(errors: object, error: Exception, repo: str, file: str, *, gated: bool) -> InputError | MissingKeyError:
@@ -126,7 +126,7 @@ def push_folder(
     try:
         api.create_repo(repo_id, private=private, exist_ok=True)
         api.upload_folder(repo_id=repo_id, folder_path=str(folder), commit_message=message, revision=revision)
-    except (OSError, ValueError) as error:
+    except _errors(hub) as error:
         msg = f"could not push to {_HOME}/{repo_id} ({type(error).__name__}: {error}); see that {_TOKEN} and write."
         raise InputError(msg) from error
     return f"{_HOME}/{repo_id}"
