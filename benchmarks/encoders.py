@@ -161,9 +161,10 @@ def load_targets(protocol: str, data: Path | None) -> dict[str, np.ndarray]:
     return hest_targets(load(protocol, data))
 
 
-def ready(features: Mapping[str, np.ndarray]) -> expression.Row:
-    """Return a row of features that are there already."""
-    return expression.Row(lambda _train: lambda slide: features[slide.name])
+def ready(slides: Mapping[str, Slide], features: Mapping[str, np.ndarray]) -> expression.Row:
+    """Return a row of features that are there already, by section."""
+    by_slide = {slide.name: features[section] for section, slide in slides.items()}
+    return expression.Row(lambda _train: lambda slide: by_slide[slide.name])
 
 
 def accuracy(
@@ -179,11 +180,11 @@ def accuracy(
     for protocol in protocols:
         slides = load(protocol, data)
         tile = {name: features(slide) for name, slide in slides.items()}
-        rows = {"tile": ready(tile)}
+        rows = {"tile": ready(slides, tile)}
         if candidate.contexts:
             contexts = sf.metrics.get_protocol(protocol).contexts_um
             base = {name: features(slide, contexts_um=contexts, rings=2) for name, slide in slides.items()}
-            rows["contexts"] = ready(base)
+            rows["contexts"] = ready(slides, base)
         means = expression.summary(expression.run_protocol(protocol, slides, rows)).loc[protocol]
         line = {
             "protocol": protocol,

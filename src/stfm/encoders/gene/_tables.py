@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stfm._errors import DataIntegrityError, InputError, MissingKeyError
+from stfm.weights._fetch import REMOTE, locate
+from stfm.weights.registry import WEIGHTS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -116,6 +118,9 @@ def rows_of(
 
 
 def _existing(path: str | Path) -> Path:
+    """Return where a table lies; one with a name of its own (``"scgpt-genes"``) or an address is fetched."""
+    if isinstance(path, str) and (path in WEIGHTS or path.startswith(REMOTE)):
+        return locate(path)
     file = Path(path).expanduser()
     if not file.is_file():
         msg = f"There is no gene table {file}."

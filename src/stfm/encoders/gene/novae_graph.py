@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,8 +14,6 @@ from stfm._errors import InputError
 from stfm._validate import check_count
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from numpy.typing import ArrayLike
 
 __all__ = ["GraphEncoder", "NicheGraphs"]
@@ -30,7 +28,7 @@ class NicheGraphs:
     Parameters
     ----------
     distances
-        Sparse ``(n, n)``: distance in µm between neighbours, stored once in each direction.
+        Sparse (of scipy) ``(n, n)``: distance in µm between neighbours, stored once in each direction.
     spots
         Whose niches; ``(m,)``.
     n_hops
@@ -48,9 +46,9 @@ class NicheGraphs:
         Number of the niche of every node, 0 to m - 1, int64.
     """
 
-    def __init__(self, distances: sparse.spmatrix | sparse.sparray, spots: ArrayLike, *, n_hops: int = 2) -> None:
+    def __init__(self, distances: Any, spots: ArrayLike, *, n_hops: int = 2) -> None:
         check_count("n_hops", n_hops)
-        graph = sparse.csr_array(distances, dtype=np.float32)
+        graph = sparse.csr_array(distances).astype(np.float32)
         if graph.shape[0] != graph.shape[1]:
             msg = f"distances must be (n, n) between the spots of one slide, got shape {graph.shape}."
             raise InputError(msg)
@@ -66,14 +64,14 @@ class NicheGraphs:
         self.nodes = torch.from_numpy(rows.indices.astype(np.int64))
         self.niche = torch.from_numpy(np.repeat(np.arange(len(wanted)), np.diff(rows.indptr)).astype(np.int64))
         self.n_niches = len(wanted)
-        edges: list[Sequence[np.ndarray]] = []
+        ends, lengths = [np.empty((2, 0), np.int64)], [np.empty(0, np.float32)]
         for start, stop in zip(rows.indptr[:-1], rows.indptr[1:], strict=True):
             members = rows.indices[start:stop]
             inside = sparse.coo_array(graph[members][:, members])
-            edges.append((inside.row + start, inside.col + start, inside.data))
-        source, target, length = (np.concatenate(part) for part in zip(*edges, strict=True)) if edges else ([], [], [])
-        self.edges = torch.from_numpy(np.stack([source, target]).astype(np.int64))
-        self.lengths = torch.from_numpy(np.asarray(length, dtype=np.float32)[:, None] / np.float32(CELL_DISTANCE_UM))
+            ends.append(np.stack([inside.row, inside.col]).astype(np.int64) + start)
+            lengths.append(inside.data.astype(np.float32))
+        self.edges = torch.from_numpy(np.concatenate(ends, axis=1))
+        self.lengths = torch.from_numpy(np.concatenate(lengths)[:, None] / np.float32(CELL_DISTANCE_UM))
 
 
 def grouped_softmax(values: Tensor, group: Tensor, n_groups: int) -> Tensor:

@@ -46,7 +46,7 @@ class AutoBins(nn.Module):
         """Return ``(b, t, d)`` from ``(b, t)``."""
         hidden = F.leaky_relu(self.mlp(values.unsqueeze(-1)), 0.1)
         weight = (self.alpha * hidden + self.mlp2(hidden)).softmax(dim=-1)
-        return weight @ self.emb.weight
+        return weight @ self.emb.weight  # type: ignore[no-any-return]
 
 
 class Layers(nn.Module):
