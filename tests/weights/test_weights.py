@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -37,6 +38,30 @@ def test_packaged_weights_are_the_listed_ones():
         assert set(sf.weights.verify(spec.name)["state"]) == {"ok"}
         assert spec.size == sum(file.stat().st_size for file in folder.iterdir())
         assert spec.size < 40e6, "the wheel stays small"
+
+
+def test_tables_of_genes_are_read_by_their_name(shared_data, cache):
+    from stfm.encoders.gene._tables import read_table
+
+    for name, file in (("scgpt-genes", "scgpt_gene_vocab.json"), ("scfoundation-genes", None)):
+        (listed,) = WEIGHTS.get(name).files
+        found = shared_data.parent / "weights" / "genes" / (file or listed)
+        if not found.is_file():
+            pytest.skip(f"{found} is not there")
+        place = cache / "weights" / name / listed
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(found, place)
+        assert sf.weights.verify(name)["state"].tolist() == ["ok"]
+        assert place.stat().st_size == WEIGHTS.get(name).size
+    assert len(read_table("scgpt-genes")) == 48292
+    assert len(read_table("scfoundation-genes")) == 19264
+
+
+@pytest.mark.internet
+@pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize("name", ["scgpt-genes", "scfoundation-genes"])
+def test_public_files_are_where_the_table_says(name):
+    assert sf.weights.fetch(name).stat().st_size == WEIGHTS.get(name).size
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ from stfm import _lazy
 __getattr__, __dir__, __all__ = _lazy.attach(
     __name__,
     {
+        "About": "_card",
         "ContrastiveConfig": "contrastive",
         "Embedding": "base",
         "EncoderChoice": "_slots",

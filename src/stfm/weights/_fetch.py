@@ -26,6 +26,8 @@ logger = get_logger(__name__)
 
 _ROOM = "weights"
 _SCHEMES = ("http://", "https://")
+#: how what lies elsewhere begins
+REMOTE = (*_SCHEMES, HUB)
 _MIB = 2**20
 
 

@@ -14,7 +14,7 @@ __all__ = ["HUB", "fetch_from_hub", "push_folder"]
 
 HUB = "hub:"
 _HOME = "https://huggingface.co"
-_TOKEN = "HF_TOKEN is set, or `hf auth login` was run, with a token that may read it"
+_TOKEN = "HF_TOKEN is set, or `hf auth login` was run, with a token that may read"
 
 
 def parse(source: str) -> tuple[str, str, str | None]:
@@ -127,6 +127,6 @@ def push_folder(
         api.create_repo(repo_id, private=private, exist_ok=True)
         api.upload_folder(repo_id=repo_id, folder_path=str(folder), commit_message=message, revision=revision)
     except _errors(hub) as error:
-        msg = f"could not push to {_HOME}/{repo_id} ({type(error).__name__}: {error}); see that {_TOKEN} and write."
+        msg = f"could not push to {_HOME}/{repo_id} ({type(error).__name__}: {error}); see that {_TOKEN}, and write."
         raise InputError(msg) from error
     return f"{_HOME}/{repo_id}"
