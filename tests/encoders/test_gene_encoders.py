@@ -23,6 +23,7 @@ from stfm.encoders.gene._tables import read_table, rows_of
 from stfm.encoders.gene.novae import novae_options
 from stfm.encoders.gene.novae_graph import NicheGraphs, grouped_softmax, with_self_loops
 from stfm.encoders.gene.scgpt import scgpt_options
+from stfm.models import create, load
 from stfm.slide.genes import Vocabulary
 
 REFERENCE = Path(__file__).parent / "reference"
@@ -179,6 +180,58 @@ def test_genes_of_another_kind_are_refused(name: str, tmp_path: Path):
         small(name, **{option: str(file), size: 12}).bind(vocabulary)
     with pytest.raises(InputError, match="do not fit in"):
         small(name, **{size: 12})
+
+
+ROWS = {
+    **SMALL,
+    "ae-gene": {"width": 16, "depth": 1, "heads": 4, "n_tokens": 5},
+    "ae-gene-small": {},
+    "gene-mlp": {"width": 16},
+    "gene-groups": {"width": 16, "n_groups": 6},
+    "pca": {"width": 8},
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_every_row_keeps_its_weights_and_refuses_others(name: str):
+    def make(seed: int):
+        torch.manual_seed(seed)
+        return build_encoder(name, n_genes=G.get(name, 40), options=ROWS[name]).eval()
+
+    first, second = make(0), make(1)
+    x = torch.from_numpy(reference(name if name in G else "scgpt")["x"])
+    first.fit(x)
+    second.load_weights(first.backbone.state_dict())
+    if name == "novae":  # its statistics of genes are no part of the published layout
+        second.fit(x)
+    mask = torch.arange(x.shape[1]) % 4 > 0
+    with torch.no_grad():
+        out = first(x, mask)
+        torch.testing.assert_close(second(x, mask), out)
+    assert out.shape == (len(x), first.width)
+    assert torch.isfinite(out).all()
+    state = first.backbone.state_dict()
+    wrong = next(k for k, v in state.items() if v.is_floating_point() and v.ndim == 2)
+    state[wrong] = torch.zeros(3, 3)
+    with pytest.raises(DataIntegrityError, match="1 of another shape"):
+        make(2).load_weights(state)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_saved_models_load_without_the_gene_table(name: str, tmp_path: Path):
+    file, vocabulary = symbols(name, tmp_path)
+    torch.save(published(name), tmp_path / "w.ckpt")
+    options = {**SMALL[name], "vocab" if name == "scgpt" else "genes": str(file)}
+    gene = {"name": name, "weights": str(tmp_path / "w.ckpt"), "options": options}
+    model = create("storm-tiny", vocabulary, gene=gene).eval()
+    x = torch.from_numpy(reference(name)["x"][:4])
+    with torch.no_grad():
+        expected = model.gene_encoder(x)
+    model.save(tmp_path / "m")
+    file.unlink()
+    (tmp_path / "w.ckpt").unlink()
+    with torch.no_grad():
+        torch.testing.assert_close(load(tmp_path / "m").eval().gene_encoder(x), expected)
 
 
 # -- features of the published code ------------------------------------------------------------------------------------
