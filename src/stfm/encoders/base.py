@@ -107,7 +107,8 @@ class Encoder(nn.Module):
         if layout not in maps:
             msg = f"Encoder {self.spec.name!r} has no layout {layout!r}. {did_you_mean(layout, list(maps))}"
             raise MissingKeyError(msg)
-        return maps[layout].write(state)
+        written: dict[str, Tensor] = maps[layout].write(state)
+        return written
 
     @property
     def layouts(self) -> list[str]:

@@ -84,7 +84,7 @@ class DenseNet(nn.Module):
         )
         width, widths = first, []
         for i, depth in enumerate(depths, start=1):
-            layers = OrderedDict(
+            layers: OrderedDict[str, nn.Module] = OrderedDict(
                 (f"denselayer{j + 1}", DenseLayer(width + j * growth, growth, bottleneck)) for j in range(depth)
             )
             width += depth * growth

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from stfm.encoders.keymap import KeyMap
 
-__all__ = ["CLIP_LAYOUTS", "DENSENET_LAYOUTS", "SWIN_LAYOUTS", "VIT_LAYOUTS", "coca_layouts"]
+__all__ = ["CLIP_LAYOUTS", "DENSENET_LAYOUTS", "SWIN_LAYOUTS", "coca_layouts", "vit_layouts"]
 
 _BLOCK, _LAYER, _OLD = "blocks.{n}", "layers.{n}", "encoder.layer.{n}"
 
@@ -63,28 +63,6 @@ _DINOV2 = KeyMap(
     dropped=(r"mask_token", r"head\..+"),
 )
 
-#: the same in transformers (Dinov2WithRegistersModel), names on the disk
-_DINOV2_TRANSFORMERS = KeyMap(
-    "transformers Dinov2WithRegistersModel",
-    sign=r"embeddings\.register_tokens",
-    renames=(
-        ("embeddings.cls_token", "cls_token"),
-        ("embeddings.register_tokens", "reg_token"),
-        ("embeddings.position_embeddings", "pos_embed"),
-        ("embeddings.patch_embeddings.projection.{k}", "patch_embed.proj.{k}"),
-        (f"{_OLD}.norm1.{{k}}", f"{_BLOCK}.norm1.{{k}}"),
-        (f"{_OLD}.norm2.{{k}}", f"{_BLOCK}.norm2.{{k}}"),
-        (f"{_OLD}.attention.output.dense.{{k}}", f"{_BLOCK}.attn.proj.{{k}}"),
-        (f"{_OLD}.layer_scale1.lambda1", f"{_BLOCK}.ls1.gamma"),
-        (f"{_OLD}.layer_scale2.lambda1", f"{_BLOCK}.ls2.gamma"),
-        (f"{_OLD}.mlp.weights_in.{{k}}", f"{_BLOCK}.mlp.fc1.{{k}}"),
-        (f"{_OLD}.mlp.weights_out.{{k}}", f"{_BLOCK}.mlp.fc2.{{k}}"),
-        ("layernorm.{k}", "norm.{k}"),
-    ),
-    fused=_TRANSFORMERS_4.fused,
-    dropped=(r"embeddings\.mask_token", r"classifier\..+"),
-)
-
 #: the file of iBOT's training code (Phikon's original): the teacher, its prefix stripped, beside its projection heads
 _IBOT = KeyMap(
     "iBOT",
@@ -93,14 +71,41 @@ _IBOT = KeyMap(
     dropped=(r"(backbone\.)?head\d?\..+", r"(backbone\.)?masked_embed"),
 )
 
-VIT_LAYOUTS = (
-    _DINOV2_TRANSFORMERS,
-    _TRANSFORMERS_5,
-    _TRANSFORMERS_4,
-    _DINOV2,
-    _IBOT,
-    KeyMap("timm", dropped=(r"head\..+",)),
-)
+
+def vit_layouts(*, registers: bool, gated: bool, scaled: bool) -> tuple[KeyMap, ...]:
+    """Return the layouts that a vision transformer may be published in.
+
+    Parameters
+    ----------
+    registers, gated, scaled
+        Whether it has registers, SwiGLU, LayerScale.
+    """
+    kinds = (_dinov2_transformers(gated=gated), _DINOV2) if scaled else (_TRANSFORMERS_5, _TRANSFORMERS_4)
+    return (*kinds, *(() if registers else (_IBOT,)), KeyMap("timm", dropped=(r"head\..+",)))
+
+
+def _dinov2_transformers(*, gated: bool) -> KeyMap:
+    """Return the names of transformers' Dinov2Model and Dinov2WithRegistersModel, as they are on the disk."""
+    first, second = ("weights_in", "weights_out") if gated else ("fc1", "fc2")
+    return KeyMap(
+        "transformers Dinov2",
+        sign=r"encoder\.layer\.\d+\.layer_scale1\.lambda1",
+        renames=(
+            *_TRANSFORMERS_5.renames[:3],
+            ("embeddings.register_tokens", "reg_token"),
+            (f"{_OLD}.norm1.{{k}}", f"{_BLOCK}.norm1.{{k}}"),
+            (f"{_OLD}.norm2.{{k}}", f"{_BLOCK}.norm2.{{k}}"),
+            (f"{_OLD}.attention.output.dense.{{k}}", f"{_BLOCK}.attn.proj.{{k}}"),
+            (f"{_OLD}.layer_scale1.lambda1", f"{_BLOCK}.ls1.gamma"),
+            (f"{_OLD}.layer_scale2.lambda1", f"{_BLOCK}.ls2.gamma"),
+            (f"{_OLD}.mlp.{first}.{{k}}", f"{_BLOCK}.mlp.fc1.{{k}}"),
+            (f"{_OLD}.mlp.{second}.{{k}}", f"{_BLOCK}.mlp.fc2.{{k}}"),
+            ("layernorm.{k}", "norm.{k}"),
+        ),
+        fused=_TRANSFORMERS_4.fused,
+        dropped=(r"embeddings\.mask_token", r"classifier\..+"),
+    )
+
 
 _HF, _OURS = "vision_model.encoder.layers.{n}", "transformer.resblocks.{n}"
 
@@ -165,7 +170,7 @@ def coca_layouts(*, project: bool) -> tuple[KeyMap, ...]:
     project
         Whether the projection to the space of the text is read, too.
     """
-    dropped = (r"(?!visual\.).+", r"visual\.(attn_pool_caption|ln_caption|head)\..+")
+    dropped: tuple[str, ...] = (r"(?!visual\.).+", r"visual\.(attn_pool_caption|ln_caption|head)\..+")
     if not project:
         dropped = (*dropped, r"visual\.proj_contrast")
     return (KeyMap("CoCa", sign=r"visual\.trunk\..+", renames=(("visual.{s}", "{s}"),), dropped=dropped),)

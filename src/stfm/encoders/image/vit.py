@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from stfm._errors import InputError
 from stfm._validate import check_choice
 from stfm.encoders.base import ImageEncoder
-from stfm.encoders.image.layouts import VIT_LAYOUTS
+from stfm.encoders.image.layouts import vit_layouts
 from stfm.encoders.image.pooling import Pooling
 
 if TYPE_CHECKING:
@@ -133,8 +133,6 @@ class VisionTransformer(nn.Module):
         See :class:`~stfm.encoders.image.pooling.Pooling`; stages are blocks, their patches before the last norm.
     """
 
-    layouts = VIT_LAYOUTS
-
     def __init__(
         self,
         *,
@@ -158,6 +156,7 @@ class VisionTransformer(nn.Module):
             raise InputError(msg)
         self.covers_cls = check_choice("positions", positions, POSITIONS) == "all"
         self.pool = Pooling(pooling, widths=[width] * depth, cls=True, stages=stages)
+        self.layouts = vit_layouts(registers=registers > 0, gated=gated, scaled=layer_scale is not None)
         n_tokens = (image_px // patch) ** 2 + self.covers_cls
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.reg_token = nn.Parameter(torch.zeros(1, registers, width)) if registers else None
