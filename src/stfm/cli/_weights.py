@@ -80,7 +80,7 @@ def _print(frame: pd.DataFrame) -> None:
 
     table = Table()
     for column in frame.columns:
-        table.add_column(column, overflow="fold")
+        table.add_column(column, overflow="fold", no_wrap=column in {"name", "weights", "state", "licence"})
     for row in frame.astype(str).itertuples(index=False):
         table.add_row(*(Text(value, style=STATES.get(value, "")) for value in row))
     Console().print(table)
