@@ -189,7 +189,7 @@ def accuracy(
         line = {
             "protocol": protocol,
             "hest": run_hest(protocol, load_targets(protocol, data), tile),
-            "ceiling": means["ceiling"].iloc[0],
+            "ceiling": float(means["ceiling"].iloc[0]),
         }
         lines.append(line | {name: float(means.loc[name, "r"]) for name in rows})
     return lines
@@ -234,7 +234,9 @@ def show(rows: Mapping[str, Mapping[str, Any]]) -> str:
             for title, row in scored.items()
             if any(key in line for line in row["scores"])
         ]
-        if key != "hest" and lines:
+        if not lines:
+            continue
+        if key != "hest":
             lines.append(["noise ceiling", "", "", *(_ceiling(scored, protocol) for protocol in protocols)])
         text += [words, markdown(["encoder", "weights", "width", *protocols], lines)]
     text += [f"Images a second at the encoder's own size. {SPEED_NOTE}", speed_table(rows)]
