@@ -93,6 +93,23 @@ def test_hub_places(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
         build_encoder("ctranspath", weights="hub")
 
 
+def test_the_page_shows_the_table():
+    page = Path(__file__).resolve().parents[2] / "docs" / "concepts" / "encoders.md"
+    if not page.exists():
+        pytest.skip("the docs are not part of an installed package")
+    table = sf.models.list_encoders("image")
+    found = re.findall(r"^\| `([\w-]+)` \| (\d+) \|(.+)\|$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    assert set(ISSUE) <= {name for name, _, _ in found}
+    for name, width, rest in found:
+        row = table.loc[name]
+        _, mpp, pooling, licence = (cell.strip() for cell in rest.split("|"))
+        assert int(width) == row["width"]
+        assert mpp == ("–" if np.isnan(float(row["mpp"])) else f"{row['mpp']:g}")
+        assert pooling in ("–", f"`{row['pooling']}`")
+        assert licence.removesuffix(", gated") == (row["licence"] or "–")
+        assert licence.endswith("gated") == row["gated"]
+
+
 # -- published layouts -------------------------------------------------------------------------------------------------
 
 

@@ -12,7 +12,9 @@ __getattr__, __dir__, __all__ = _lazy.attach(
         "EncoderSpec": "spec",
         "GeneEncoder": "base",
         "ImageEncoder": "base",
+        "KeyMap": "keymap",
         "build_encoder": "build",
+        "fit_scale": "scale",
         "list_encoders": "registry",
     },
 )

@@ -159,7 +159,7 @@ class ImageEncoder(Encoder):
             uint8 or float (0..1) tiles ``(b, 3, h, w)``.
         mpp
             µm/px of the tiles, of all or of each ``(b,)``. Tiles at another scale than the encoder's are treated as
-            :attr:`on_mpp` says (:func:`stfm.encoders.scale.fit_scale`); None: nothing is known of the scale.
+            :attr:`on_mpp` says (:func:`stfm.encoders.fit_scale`); None: nothing is known of the scale.
         """
         if not isinstance(mpp, torch.Tensor):
             return self._encode(tiles, mpp)
@@ -174,8 +174,12 @@ class ImageEncoder(Encoder):
 
     def _encode(self, tiles: Tensor, mpp: float | None) -> Tensor:
         views, n = fit_scale(self._pixels(tiles), self.spec, mpp, on_mpp=self.on_mpp)
-        features: Tensor = self.backbone((views - self.mean) / self.std)
-        return features if n == 1 else features.unflatten(0, (-1, n)).mean(dim=1)
+        views = (views - self.mean) / self.std
+        if n == 1:
+            return self.backbone(views)  # type: ignore[no-any-return]
+        # One view of all tiles at a time, so that memory does not grow with the size of a tile.
+        total: Tensor = sum(self.backbone(one) for one in views.unflatten(0, (-1, n)).unbind(1))
+        return total / n
 
     def prepare(self, tiles: Tensor) -> Tensor:
         """Return the tiles as the backbone reads them: float, resized, normalised."""

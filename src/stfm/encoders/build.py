@@ -54,7 +54,7 @@ def build_encoder(
         Rank of the low-rank additions of ``mode="lora"``.
     on_mpp
         What an image encoder does with tiles at another µm/px than its own: ``"resample"`` (the default), ``"error"``
-        or ``"ignore"``; :func:`stfm.encoders.scale.fit_scale` explains them.
+        or ``"ignore"``; :func:`stfm.encoders.fit_scale` explains them.
 
     Returns
     -------
