@@ -303,6 +303,7 @@ def test_preparation_may_be_changed():
     white = torch.full((1, 3, 50, 50), 255, dtype=torch.uint8)
     assert encoder.prepare(white).shape == (1, 3, 32, 32)
     torch.testing.assert_close(encoder.prepare(white)[0, :, 0, 0], torch.tensor([0.9, 0.8, 0.7]))
+    assert short("uni", mean=(0.1, 0.2, 0.3)).fingerprint() == short("uni", mean=[0.1, 0.2, 0.3]).fingerprint()
     with pytest.raises(InputError, match="interpolation='cubic' is unknown"):
         short("uni", interpolation="cubic")
     resized = short("gigapath")
@@ -331,6 +332,8 @@ def test_any_callable_is_an_encoder():
     arrays = build_encoder(lambda x: x.numpy().max(axis=(2, 3)))
     assert arrays(tiles()).dtype == torch.float32
     assert encoder.fingerprint() != build_encoder(lambda x: x.mean(dim=(2, 3))).fingerprint()  # nobody can tell them
+    with pytest.raises(WrongTypeError, match="or a callable, got type"):
+        build_encoder(Tiny)
     for wrong, error in ((lambda x: x, InputError), (lambda _x: "feature", WrongTypeError)):
         with pytest.raises(error, match="A callable encoder must return"):
             build_encoder(wrong)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -117,11 +118,15 @@ class Encoder(nn.Module):
 
     def fingerprint(self) -> str:
         """Return a hash of the architecture and every weight: equal hashes give equal features."""
-        digest = hashlib.sha256(f"{self.spec.seen()}{self.width}{self.extra_repr()}".encode())
+        digest = hashlib.sha256(f"{self._described()}{self.width}{self.extra_repr()}".encode())
         for name, tensor in sorted(self.state_dict().items()):
             digest.update(f"{name}{tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
+
+    def _described(self) -> str:
+        """Return what decides the features, alike before and after a way through JSON."""
+        return json.dumps(self.spec.seen(), sort_keys=True, default=str)
 
     def extra_repr(self) -> str:
         """Return name, width and mode."""
@@ -159,7 +164,7 @@ class ImageEncoder(Encoder):
             uint8 or float (0..1) tiles ``(b, 3, h, w)``.
         mpp
             µm/px of the tiles, of all or of each ``(b,)``. Tiles at another scale than the encoder's are treated as
-            :attr:`on_mpp` says (:func:`stfm.encoders.fit_scale`); None: nothing is known of the scale.
+            :meth:`set_on_mpp` says (:func:`stfm.encoders.fit_scale`); None: nothing is known of the scale.
         """
         if not isinstance(mpp, torch.Tensor):
             return self._encode(tiles, mpp)

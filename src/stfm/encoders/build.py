@@ -75,7 +75,7 @@ def build_encoder(
         spec = ENCODERS.get(name)
     elif isinstance(name, EncoderSpec):
         spec = name
-    elif callable(name):
+    elif callable(name) and not isinstance(name, type):
         spec = custom_spec(name)
     else:
         msg = f"An encoder is a name, an EncoderSpec, an Encoder or a callable, got {type(name).__name__}."

@@ -51,7 +51,8 @@ class EncoderSpec:
     interpolation
         How other sizes are resized, ``"bilinear"`` or ``"bicubic"``.
     pooling
-        How one vector is taken from it unless asked otherwise, see :mod:`stfm.encoders.image.pooling`.
+        How one vector is taken from it unless asked otherwise, one of ``POOLINGS`` of
+        ``stfm.encoders.image.pooling``.
     licence, gated, citation, description
         Of the published weights; what the encoder is.
     hub, file
