@@ -213,6 +213,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "learn_temperature": False,
         "parts": "spot",
         "niche_gene": EncoderChoice("ae-gene", options={"norm_first": False, "standardise": "none"}),
+        "niche_image": EncoderChoice("uni", on_mpp="ignore"),  # niches resized to 224 px, whatever their µm/px
     },
     "small": {
         "spot_image": EncoderChoice("cnn-tiny", options={"widths": [16, 32, 64]}),
