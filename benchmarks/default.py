@@ -181,25 +181,33 @@ def show_annotation(part: Mapping[str, Any]) -> str:
 def show_adapt(part: Mapping[str, Any]) -> str:
     """Return each score before and after, the gain of adapting, and the seconds that it took."""
     scores = pd.DataFrame(part["scores"])
+    scores = scores.reindex(columns=[*dict.fromkeys([*scores, "recall", "k", "seconds"])])  # as far as the run came
     won = _gains(part, ["what", "slide", "score"])
-    kinds = {"domains": ["ARI", "AMI"], "expression": ["r", "r_hvg50", "share"]}
+    scores["recall"] = scores["recall"].groupby([scores[c] for c in ("slide", "row", "seed", "k")]).transform("mean")
+    kinds = {"domains": ["ARI", "AMI"], "expression": ["r", "r_hvg50", "share"], "time": []}
     lines = []
     for (what, slide), some in scores.groupby(["what", "slide"], sort=False):
         if what == "retrieval":
+            some = some[some["direction"] == parts.scores.DIRECTIONS[0]]
             shown = {f"recall@{k}": (some[some["k"] == k], "recall") for k in parts.scores.TOP}
         elif what == "annotation":
             shown = {f"accuracy, {n}": (some[some["labelled"] == n], "accuracy") for n in parts.scores.LABELLED}
         else:
             shown = {score: (some, score) for score in kinds[what]}
-        seconds = some["seconds"].mean() if "seconds" in some else None
         for score, (chosen, column) in shown.items():
             cells = _cells(chosen, ["row"], column)
-            before, after = (
-                next((v for k, v in cells.items() if row in k), "") for row in (rows.DEFAULT, rows.ADAPTED)
-            )
-            time_taken = "" if pd.isna(seconds) else f"{seconds:.0f}"
-            lines.append([slide, f"{what}, {score}", before, after, won.get((what, slide, score), ""), time_taken])
-    return markdown(["scored on", "score", "before", "after", "gain of adapting", "seconds to adapt"], lines)
+            before, after = (cells.get(row, "") for row in (rows.DEFAULT, rows.ADAPTED))
+            lines.append([slide, f"{what}, {score}", before, after, won.get((what, slide, score), "")])
+    text = markdown(["scored on", "score", "before", "after", "gain of adapting"], lines)
+    return f"{text}\n\n{_show_time(scores)}"
+
+
+def _show_time(scores: pd.DataFrame) -> str:
+    """Return seconds to adapt by slide, those of the first seed, which found no features on disk."""
+    timed = scores[scores["seconds"].notna() & (scores["seed"] == 0)].drop_duplicates("slide")
+    timed = timed[timed["what"].isin(["time", "domains"])]
+    head = ["adapted to", "spots", "seconds, image features computed anew"]
+    return markdown(head, timed[["slide", "n_obs", "seconds"]].to_numpy().tolist())
 
 
 SHOW = {
