@@ -30,6 +30,8 @@ _RANGES = np.geomspace(0.7, 40.0, 40)
 _NOISE = 0.02
 #: variance, in units of the component's, of a place that was not measured
 _UNSEEN = 1e6
+#: spots of a slide that weigh as much as all of training
+_PRIOR = 1000
 #: spots of a slide that are read, those around its middle where there are more
 _MAX_SPOTS = 20_000
 _BATCH = 256
@@ -82,6 +84,21 @@ class LatentField(nn.Module):
         sill, reach = _fit_exponential(np.concatenate(lags), total)
         for buffer, found in ((self.sill, sill), (self.total, total), (self.reach_um, reach)):
             buffer.copy_(torch.from_numpy(found))
+
+    def adapted(self, latent: NDArray[np.floating], coords: NDArray[np.floating]) -> LatentField:
+        """Return a field between what training told and what one slide tells of itself, by its number of spots.
+
+        Parameters
+        ----------
+        latent, coords
+            Of the slide, as of :meth:`fit`.
+        """
+        own = LatentField(len(self.sill))
+        own.fit([latent], [coords])
+        share = len(latent) / (len(latent) + _PRIOR)
+        for name, buffer in own.named_buffers():
+            buffer.lerp_(getattr(self, name).cpu(), 1 - share)
+        return own.to(self.sill.device)
 
     def forward(self, latent: Tensor, xy_um: Tensor, seen: Tensor) -> Tensor:
         """Return the field at the first place of each window, ``(b, e)``.
@@ -140,23 +157,27 @@ def _fit_exponential(
     return sills[best, np.arange(len(total))], ranges[best]
 
 
-@torch.no_grad()
 def fit_field(field: LatentField, table: GeneTable, slides: Sequence[SlideInputs]) -> None:
     """Learn how far the components that a gene table reads reach on the training slides."""
-    latents, coords = [], []
-    device = table.embedding.device
-    for slide in slides:
-        places = slide.slide.coords
-        middle = np.linalg.norm(places - np.median(places, axis=0), axis=1)
-        index = np.sort(np.argsort(middle, kind="stable")[:_MAX_SPOTS])
-        if len(index) < 2:
-            continue
-        parts = []
-        for start in range(0, len(index), _BATCH):
-            batch = slide.spots(index[start : start + _BATCH]).to(device)
-            if batch.counts is not None:
-                parts.append(table.read(batch.counts, batch.gene_mask).cpu())
-        latents.append(torch.cat(parts).numpy())
-        coords.append(places[index])
-    if latents:
-        field.fit(latents, coords)
+    read = [found for slide in slides if (found := read_latent(table, slide)) is not None]
+    if read:
+        field.fit([latent for latent, _ in read], [coords for _, coords in read])
+
+
+@torch.no_grad()
+def read_latent(table: GeneTable, slide: SlideInputs) -> tuple[NDArray[np.float32], NDArray[np.float64]] | None:
+    """Return what the gene table reads of a slide's spots, with their coordinates; None of fewer than two."""
+    places = slide.slide.coords
+    middle = np.linalg.norm(places - np.median(places, axis=0), axis=1)
+    index = np.sort(np.argsort(middle, kind="stable")[:_MAX_SPOTS])
+    if slide.measured is not None:
+        index = index[slide.measured[index]]
+    if len(index) < 2:
+        return None
+    parts = []
+    for start in range(0, len(index), _BATCH):
+        rows = index[start : start + _BATCH]
+        counts = torch.from_numpy(slide.expression(rows)).to(table.embedding.device)
+        mask = torch.from_numpy(slide.measured_genes).to(counts.device).expand(len(rows), -1)
+        parts.append(table.read(counts, mask).cpu())
+    return torch.cat(parts).numpy(), places[index]

@@ -26,11 +26,11 @@ _BATCH = 256
 _MAX_KEPT = 1_000_000
 
 
-def fit_table(table: GeneTable, slides: Sequence[SlideInputs]) -> float:
-    """Fit the gene table on a sample of the spots; return the median of their totals."""
-    x, total, mask = _sampled(table, slides)
+def fit_table(table: GeneTable, slides: Sequence[SlideInputs], *, within: bool = False) -> float:
+    """Fit the gene table on a sample of the spots, or on differences ``within`` slides; return their median total."""
+    x, total, mask, slide = _sampled(table, slides)
     device = table.embedding.device
-    table.cpu().fit(x, total, mask)
+    table.cpu().fit(x, total, mask, groups=slide if within else None)
     table.to(device)
     return float(total.median())
 
@@ -38,23 +38,25 @@ def fit_table(table: GeneTable, slides: Sequence[SlideInputs]) -> float:
 def learn_genes(table: GeneTable, slides: Sequence[SlideInputs]) -> int:
     """Let the gene table learn genes that it does not know yet; return how many."""
     device = table.embedding.device
-    learned = table.cpu().learn(*_sampled(table, slides))
+    x, total, mask, _ = _sampled(table, slides)
+    learned = table.cpu().learn(x, total, mask)
     table.to(device)
     return learned
 
 
-def _sampled(table: GeneTable, slides: Sequence[SlideInputs]) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return log-normalised expression, totals and panels of a sample of the spots."""
-    values, masks, totals = [], [], []
+def _sampled(table: GeneTable, slides: Sequence[SlideInputs]) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """Return log-normalised expression, totals, panels and slides of a sample of the spots."""
+    values, masks, totals, groups = [], [], [], []
     for slide, index in sample_spots(slides, fit_limit(len(table.known))):
         batch = slide.spots(index)
         if batch.counts is None or batch.totals is None:
             continue
         values.append(batch.counts)
         totals.append(batch.totals)
+        groups.append(torch.full((len(index),), slide.slide_id, dtype=torch.int64))
         masks.append(torch.ones_like(batch.counts, dtype=torch.bool) if batch.gene_mask is None else batch.gene_mask)
     mask = torch.cat(masks)
-    return torch.cat(values), torch.cat(totals), None if bool(mask.all()) else mask
+    return torch.cat(values), torch.cat(totals), None if bool(mask.all()) else mask, torch.cat(groups)
 
 
 def fit_image_scale(image: ImageTokens, slides: Sequence[SlideInputs]) -> None:

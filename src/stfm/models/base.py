@@ -200,7 +200,7 @@ class Model(nn.Module, ABC):
         """Take what changes from the slides that a trained model goes on with; nothing by default."""
 
     def ready(self, slides: Sequence[SlideInputs]) -> None:
-        """Do once for slides what would be done in each batch, when the model is fitted; nothing by default."""
+        """Do once for slides what would be done in each batch; without any, forget them. Nothing by default."""
 
     def frozen_image_encoder(self, level: str) -> nn.Module | None:
         """Return the encoder of ``"spot"`` or ``"niche"`` tiles if it is frozen, so that its features can be kept."""

@@ -88,11 +88,13 @@ class Distillation(Model):
         self, config: DistillationConfig, vocabulary: Vocabulary | None = None, *, pretrained: bool = True
     ) -> None:
         super().__init__(config, None, pretrained=pretrained)
-        # Channels last: convolutions on CPUs and tensor cores are faster by half.
-        self.image = build_image(config.image, pretrained=pretrained).to(memory_format=torch.channels_last)
-        teacher = build_image(replace(config.image, mode="frozen", weights=None), pretrained=False)
-        teacher.backbone.load_state_dict(self.image.backbone.state_dict(), strict=False)
-        self.teacher = teacher.to(memory_format=torch.channels_last)
+        self.image = build_image(config.image, pretrained=pretrained)
+        self.teacher = build_image(replace(config.image, mode="frozen", weights=None), pretrained=False)
+        self.teacher.backbone.load_state_dict(self.image.backbone.state_dict(), strict=False)
+        for encoder in (self.image, self.teacher):
+            for parameter in encoder.parameters():
+                if parameter.ndim == 4:  # convolutions on CPUs and tensor cores are faster by half so
+                    parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
 
     @property
     def inputs(self) -> InputSpec:

@@ -13,7 +13,7 @@ from stfm._errors import InputError
 from stfm._validate import check_choice
 from stfm.models._slots import build_gene, build_image, check_batch, fit_gene_encoder
 from stfm.models._storm_calibrate import fit_calibration, fit_expected_variance
-from stfm.models._storm_field import LatentField, fit_field
+from stfm.models._storm_field import LatentField, fit_field, read_latent
 from stfm.models._storm_fit import fit_image_scale, fit_table, fit_window_regression, keep_scaled_features, learn_genes
 from stfm.models._storm_linear import WindowRegression, window_features
 from stfm.models._storm_spatial import Decoder, Shown, SpatialEncoder, draw_masks
@@ -145,6 +145,9 @@ class STORM(Model):
         self.register_buffer("calibration", torch.ones(n_genes))
         # Of latent expression around what H&E and neighbours tell of it; 1 is that of the table itself.
         self.register_buffer("expected_variance", torch.ones(config.gene_width))
+        # By the number of a slide: what was made ready, and how far expression reaches on it.
+        self._ready: dict[int, SlideInputs] = {}
+        self._fields: dict[int, LatentField] = {}
         self.stage = "mask"
 
     @property
@@ -342,8 +345,22 @@ class STORM(Model):
         if "gene" not in windows.tokens or batch.counts is None:
             return size * written  # type: ignore[no-any-return]
         latent = self.latent(batch.counts, batch.gene_mask)
-        shared = field(latent[windows.rows], windows.xy_um, windows.gene)
+        shared = torch.empty_like(written)
+        slides = windows.rows.new_zeros(len(written)) if batch.slide_id is None else batch.slide_id[windows.rows[:, 0]]
+        for slide in slides.unique().tolist():
+            here = slides == slide
+            one = self._field_of(slide, field)
+            shared[here] = one(latent[windows.rows[here]], windows.xy_um[here], windows.gene[here])
         return size * torch.where(windows.gene.any(dim=1, keepdim=True), shared, written)  # type: ignore[no-any-return]
+
+    def _field_of(self, slide: int, field: LatentField) -> LatentField:
+        """Return the field as the slide itself tells it, too, where it was made ready."""
+        if not self.config.own_field or slide not in self._ready:
+            return field
+        if slide not in self._fields:
+            found = read_latent(self.table, self._ready[slide])
+            self._fields[slide] = field if found is None else field.adapted(*found)
+        return self._fields[slide]
 
     def predict(self, batch: Batch, *, own: bool = False) -> Prediction:
         """Return expected log-normalised expression of every spot, and its deviation.
@@ -396,7 +413,7 @@ class STORM(Model):
         """Start from the training slides: gene table, scale of image features, regression on windows."""
         with_counts = self._note(slides)
         if with_counts:
-            self.typical_total.fill_(fit_table(self.table, with_counts))
+            self.typical_total.fill_(fit_table(self.table, with_counts, within=self.config.within_slides))
             if self.field is not None:
                 fit_field(self.field, self.table, with_counts)
             if self.gene_encoder is not None:
@@ -431,7 +448,9 @@ class STORM(Model):
             self.expected_variance.copy_(fit_expected_variance(self, slides))
 
     def ready(self, slides: Sequence[SlideInputs]) -> None:
-        """Scale the features of frozen encoders once instead of in every batch."""
+        """Scale the features of frozen encoders once instead of in every batch; know the slides that are read."""
+        self._ready = {slide.slide_id: slide for slide in slides if slide.has_gene}
+        self._fields = {}
         if self.image is not None and self.image.encoder.frozen:
             keep_scaled_features(self.image, slides)
 

@@ -46,6 +46,9 @@ class STORMConfig:
         ALiBi on µm: whether it is used, the distance that counts as one step, whether its slopes are learned.
     gene_width
         Length of a gene's embedding.
+    within_slides
+        Whether the gene table starts from differences within slides alone, which slides of several tissues need: what
+        sets a cortex apart from a tumour would take the place of what sets its layers apart.
     likelihood
         Of expression: ``"nb"``, ``"poisson"`` (on counts) or ``"gaussian"`` (on log-normalised values).
     n_visible
@@ -70,6 +73,9 @@ class STORMConfig:
         The joint embedding: both tokens of the spot after the spatial level side by side (``"concat"``) or their
         ``"mean"``; or ``"field"``: the latent expression that the window shares, each component averaged as far as it
         reaches (:class:`~stfm.models._storm_field.LatentField`), written by the decoder where nothing was measured.
+    own_field
+        Whether the reach of each component (``joint="field"``) is seen on the slide itself, too, so that an embedding
+        depends on its slide; off takes that of the training slides.
     ablation
         ``"full"``; ``"no-neighbours"``: windows of one spot; ``"no-image"``, ``"no-gene"``: one modality;
         ``"no-distance"``: no distance bias; ``"shared-experts"``.
@@ -96,6 +102,7 @@ class STORMConfig:
     distance_unit_um: float = 100.0
     learn_slopes: bool = False
     gene_width: int = 64
+    within_slides: bool = False
     likelihood: str = "nb"
     n_visible: int = 5
     cross_share: float = 0.5
@@ -107,6 +114,7 @@ class STORMConfig:
     replay: float = 1.0
     linear_blend: float = 0.0
     joint: str = "concat"
+    own_field: bool = False
     ablation: str = "full"
     min_fraction: float = 0.01
 
@@ -199,7 +207,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "small": {**_LIGHT, "width": 96, "depth": 2, "heads": 4, "gene_width": 32, "spot_px": 112},
     "base": {
         **_LIGHT, "image": EncoderChoice("stfm-tower"), "width": 128, "depth": 2, "heads": 4, "gene_width": 64,
-        "spot_px": 112,
+        "spot_px": 112, "within_slides": True, "own_field": True,
     },
     "tiny": {
         **_LIGHT, "width": 48, "depth": 1, "heads": 4, "gene_width": 16, "spot_px": 56,

@@ -72,7 +72,7 @@ class GeneTable(nn.Module):
         return self.embedding.shape[1]
 
     @torch.no_grad()
-    def fit(self, x: Tensor, totals: Tensor, mask: Tensor | None = None) -> None:
+    def fit(self, x: Tensor, totals: Tensor, mask: Tensor | None = None, *, groups: Tensor | None = None) -> None:
         """Start from the training spots: scales, principal directions, rates and dispersions of the genes.
 
         Parameters
@@ -83,16 +83,23 @@ class GeneTable(nn.Module):
             Counts a spot, ``(n,)``.
         mask
             Which genes were measured, bool ``(n, G)``; None means all.
+        groups
+            Slide of each spot, int64 ``(n,)``: the directions are those of differences within slides. None takes the
+            differences between slides, too.
         """
         there = torch.ones_like(x) if mask is None else mask.to(x.dtype)
         n = there.sum(dim=0)
         self.known.copy_(n > 0)
         n = n.clamp_min(1.0)
         mean = (x * there).sum(dim=0) / n
-        deviation = (((x - mean).square() * there).sum(dim=0) / n).sqrt()
         self.mean.copy_(mean)
+        centred = (x - mean) * there
+        for group in () if groups is None else groups.unique():
+            rows = groups == group
+            centred[rows] -= centred[rows].mean(dim=0)
+        deviation = (centred.square().sum(dim=0) / n).sqrt()
         self.scale.copy_(torch.where(self.known, deviation.clamp_min(_FLOOR), torch.ones_like(deviation)))
-        self._fit_directions(self.standardise(x, mask))
+        self._fit_directions((centred / self.scale).clamp_(-_CLIP, _CLIP))
         self._fit_rates(counts_of(x, totals) * there, totals[:, None] * there, n, torch.ones_like(self.known))
 
     @torch.no_grad()

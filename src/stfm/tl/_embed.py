@@ -124,8 +124,11 @@ def embed(
     inputs = [SlideInputs(s, trained.inputs, trained.vocabulary, slide_id=i) for i, s in enumerate(slides)]
     if cache_features or "image" in trained.inputs.centre:  # a slide's mean is known once all of its features are
         use_frozen_features(trained, inputs, device=device, precision=precision, cache=cache_features)
-        trained.ready(inputs)
-    blocks = embed_slides(trained, inputs, batch_size=batch_size, device=device, precision=precision)
+    trained.ready(inputs)
+    try:
+        blocks = embed_slides(trained, inputs, batch_size=batch_size, device=device, precision=precision)
+    finally:
+        trained.ready([])
     whole = _in_order(blocks, inputs, adata.n_obs)
     params = {
         "batch_size": batch_size, "device": device, "precision": precision, "library_key": library_key,

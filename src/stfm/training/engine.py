@@ -217,6 +217,7 @@ def _calibrate(
         model.load_state_dict(journal.best_weights, strict=False)
     with evaluating(model, resolve_device(device)):
         model.calibrate(validation or train, held_out=bool(validation))
+    model.ready([])
 
 
 def _finished(
