@@ -104,3 +104,32 @@ def test_a_spot_without_counts_is_written_by_the_decoder():
 def test_the_papers_sizes_embed_their_tokens():
     assert STORMConfig.preset("paper").joint == STORMConfig.preset("recommended").joint == "concat"
     assert STORMConfig.preset("small").joint == "field"
+
+
+def test_a_slide_tells_of_itself_by_its_number_of_spots(grid):
+    rng = np.random.default_rng(2)
+    trained, own = LatentField(1), LatentField(1)
+    trained.sill.fill_(0.2)
+    latent = smooth_field(grid, 500.0, rng)[:, None]
+    own.fit([latent], [grid])
+    share = len(grid) / (len(grid) + 1000)
+    adapted = trained.adapted(latent, grid)
+    for name in ("sill", "total", "reach_um"):
+        expected = share * getattr(own, name) + (1 - share) * getattr(trained, name)
+        torch.testing.assert_close(getattr(adapted, name), expected)
+    assert float(trained.sill) == pytest.approx(0.2)
+
+
+@pytest.mark.filterwarnings("ignore::stfm.errors.StfmWarning")
+def test_own_field_changes_an_embedding_and_is_forgotten():
+    adata = sf.datasets.toy(n_spots=150, n_patients=2)
+    train, other = (adata[adata.obs["patient"] == p].copy() for p in adata.obs["patient"].unique())
+    model = sf.tl.train(train, "storm-tiny", epochs=1, validation=None, config={"own_field": True})
+    assert model._ready == {}
+    sf.tl.embed(other, model)
+    assert model._ready == {}
+    own = other.obsm["X_stfm"]
+    model.config = replace(model.config, own_field=False)
+    sf.tl.embed(other, model)
+    difference = np.abs(own - other.obsm["X_stfm"]).max() / np.abs(own).max()
+    assert 1e-3 < difference < 1.0

@@ -176,3 +176,26 @@ def test_genes_that_come_later_are_learned_and_the_others_stay(x: torch.Tensor, 
     r = [np.corrcoef(written[:, g].numpy(), x[:, 1000 + g].numpy())[0, 1] for g in range(0, 200, 10)]
     assert np.mean(r) > 0.7  # the noise leaves 0.89
     assert table.learn(x, torch.full((N,), 5000.0)) == 0
+
+
+def test_directions_within_slides_leave_out_what_sets_slides_apart(x: torch.Tensor):
+    generator = torch.Generator().manual_seed(3)
+    slide = torch.arange(N) % 2
+    apart = x + 3.0 * slide[:, None] * torch.randn(G, generator=generator)
+    totals = torch.full((N,), 5000.0)
+    torch.manual_seed(0)
+    all_, within = (GeneTable(G, WIDTH, likelihood="gaussian").requires_grad_(False) for _ in range(2))
+    all_.fit(apart, totals)
+    within.fit(apart, totals, groups=slide)
+
+    def between(table: GeneTable) -> float:
+        u = table.read(apart)
+        return float((u[slide == 1].mean(dim=0) - u[slide == 0].mean(dim=0)).abs().max() / u[slide == 0].std())
+
+    assert between(all_) > 1.5  # a component of its own
+    alike = fitted(x, likelihood="gaussian").requires_grad_(False)
+    # The space of the genes' embeddings is that of slides without a difference.
+    known, _ = torch.linalg.qr(alike.embedding)
+    kept = [float((known.T @ torch.linalg.qr(t.embedding)[0]).square().sum() / WIDTH) for t in (all_, within)]
+    assert kept[1] > 0.95
+    assert kept[0] < 0.9
