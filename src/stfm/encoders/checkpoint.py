@@ -16,6 +16,8 @@ __all__ = ["load_strictly"]
 
 #: what stands before the place of weights that are fetched
 REMOTE = ("hub:", "https://", "http://")
+#: the weights of a saved model, and what stands before those of an encoder in it
+SAVED, INSIDE = "model.safetensors", "encoder.backbone."
 
 
 def load_strictly(
@@ -28,7 +30,8 @@ def load_strictly(
     backbone
         The network; it may offer ``layouts`` (key maps) or ``convert_state``.
     source
-        A file, ``"hub:owner/repository/file"``, a URL, or a state dict.
+        A file, ``"hub:owner/repository/file"``, a URL, a state dict; or a saved model whose image encoder is of this
+        kind: its folder, or its name in :func:`stfm.weights.list_weights`.
     name
         Name of the encoder, for messages.
     gated
@@ -39,7 +42,8 @@ def load_strictly(
     if isinstance(source, Mapping):
         state = unwrap(source, where, nested=nested)
     else:
-        state = read_state(_local(source, gated=gated), nested=nested)
+        path = _local(source, gated=gated)
+        state = _of_saved_model(path) if path.is_dir() else read_state(path, nested=nested)
     if nested:
         state = unwrap(cast("Any", backbone).convert_state(state), where)
     for layout in getattr(backbone, "layouts", ()):
@@ -61,10 +65,21 @@ def load_strictly(
     backbone.load_state_dict(state, strict=False)
 
 
-def _local(source: str | Path, *, gated: bool) -> Path:
-    """Return where a file lies on this machine; what lies elsewhere is fetched."""
-    if isinstance(source, str) and source.startswith(REMOTE):
-        from stfm.weights import locate
+def _of_saved_model(folder: Path) -> dict[str, Tensor]:
+    """Return the weights of the image encoder of a saved model."""
+    state = read_state(folder / SAVED)
+    inside = {k.partition(INSIDE)[2]: v for k, v in state.items() if k.startswith("image.") and INSIDE in k}
+    if not inside:
+        msg = f"{folder} holds a saved model without an image encoder; name the file of an encoder's weights."
+        raise DataIntegrityError(msg)
+    return inside
 
-        return Path(locate(source, gated=gated))
+
+def _local(source: str | Path, *, gated: bool) -> Path:
+    """Return where a file or a folder lies on this machine; what lies elsewhere is fetched."""
+    if isinstance(source, str):
+        from stfm.weights import WEIGHTS, locate
+
+        if source.startswith(REMOTE) or source in WEIGHTS:
+            return Path(locate(source, gated=gated))
     return Path(source)
