@@ -170,34 +170,41 @@ def predicted(model: sf.models.Model, adata: Any, fold: Fold) -> np.ndarray:
     return told.obsm["predicted_expression"].to_numpy()
 
 
-def expression_rows(setting: Setting, fold: Fold, encoders: Mapping[str, Any]) -> Iterator[tuple[str, int, np.ndarray]]:
+def expression_rows(
+    setting: Setting, fold: Fold, frozen: Mapping[str, expression.Row]
+) -> Iterator[tuple[str, int, np.ndarray]]:
     """Yield name, seed and prediction of every row; the default first."""
     model = setting.made.model
     yield DEFAULT, 0, predicted(model, fold.adata, fold)
     yield "gene mean", 0, np.tile(np.concatenate(fold.truth[:-1]).mean(axis=0), (fold.test.n_obs, 1))
-    fitted = {"coordinates only, ridge": expression.coordinates_row()}
-    fitted |= {name: expression.encoder_row(encoder) for name, encoder in encoders.items()}
-    for name, row in fitted.items():
+    for name, row in {"coordinates only, ridge": expression.coordinates_row(), **frozen}.items():
         yield name, 0, expression.predict_fold(row, fold.train, [fold.test], fold.truth[:-1], fold.names)[0]
     for seed in setting.seeds:
         drawn = rows.random_weights(model, seed)
         yield f"{RANDOM}, zero-shot", seed, predicted(drawn, fold.adata, fold)
-        if encoders:
-            row = expression.encoder_row(drawn.image.encoder)
+        if frozen:
+            row = tower_row(drawn)
             guess = expression.predict_fold(row, fold.train, [fold.test], fold.truth[:-1], fold.names)[0]
             yield RANDOM_TOWER, seed, guess
             learned = storm.Storm(setting.weights).fit(fold.train, fold.names, seed)
             yield SCRATCH_BULBS, seed, learned(fold.test)
 
 
-def frozen_encoders(setting: Setting) -> dict[str, Any]:
-    """Return the frozen encoders that can be had."""
+def tower_row(model: sf.models.Model) -> expression.Row:
+    """Return ridge on a model's own image tower, at the size of tiles that the model sees."""
+    return expression.encoder_row(model.image.encoder, tile_px=model.config.spot_px)
+
+
+def frozen_rows(setting: Setting) -> dict[str, expression.Row]:
+    """Return ridge on each frozen encoder that can be had."""
     from stfm.encoders.build import build_encoder
 
     return {
-        BASE: build_encoder("mobilenetv2", weights=setting.weights, mode="frozen"),
-        TOWER: setting.made.model.image.encoder,
-        "handcrafted, contexts + rings, ridge": build_encoder("handcrafted", mode="frozen"),
+        BASE: expression.encoder_row(build_encoder("mobilenetv2", weights=setting.weights, mode="frozen")),
+        TOWER: tower_row(setting.made.model),
+        "handcrafted, contexts + rings, ridge": expression.encoder_row(
+            build_encoder("handcrafted", mode="frozen"), tile_px=112
+        ),
     }
 
 
@@ -205,9 +212,9 @@ def from_image(setting: Setting) -> Step:
     """Expression from H&E; the gain is that of the default on each row, in r."""
     bulb = Fold.of(setting.made, ["mob:1", "mob:2"], "mob:3")
     cortex = Fold.of(setting.made, ["dlpfc:151673", "dlpfc:151674"], "dlpfc:151675")
-    for name, fold, encoders in (("mob:3", bulb, frozen_encoders(setting)), ("dlpfc:151675", cortex, {})):
+    for name, fold, frozen in (("mob:3", bulb, frozen_rows(setting)), ("dlpfc:151675", cortex, {})):
         ours = np.empty(0)
-        for row, seed, guess in expression_rows(setting, fold, encoders):
+        for row, seed, guess in expression_rows(setting, fold, frozen):
             where = {"slide": name, "row": row, "seed": seed, "genes": len(fold.names)}
             if row == DEFAULT:
                 ours = guess
@@ -216,7 +223,7 @@ def from_image(setting: Setting) -> Step:
             yield [line], [] if row == DEFAULT else [{"slide": name, "row": row, "seed": seed, "score": "r", **won}]
 
 
-def components(fold: Fold, encoder: Any, *, smoothed: bool) -> tuple[np.ndarray, np.ndarray]:
+def components(fold: Fold, row: expression.Row, *, smoothed: bool) -> tuple[np.ndarray, np.ndarray]:
     """Return principal components of the tested slide as ridge on frozen features tells them, and as they are."""
     from sklearn.decomposition import PCA
 
@@ -227,7 +234,8 @@ def components(fold: Fold, encoder: Any, *, smoothed: bool) -> tuple[np.ndarray,
     found = [pca.transform(table).astype(np.float32) for table in tables]
     if smoothed:
         found = [ring_means(x, ring_graphs(s.coords, 1)[0], with_self=True) for x, s in zip(found, slides, strict=True)]
-    features = [expression.encoder_row(encoder).make([])(slide) for slide in slides]
+    make = row.make([])
+    features = [make(slide) for slide in slides]
     names = [f"PC{i + 1}" for i in range(N_COMPONENTS)]
     fitted = fit_expression(
         features[:-1], found[:-1], names, ranks=(None,), coords=[slide.coords for slide in fold.train]
@@ -240,13 +248,13 @@ def retrieval_rows(setting: Setting, fold: Fold) -> Iterator[tuple[str, int, np.
     made = setting.made
     found = made.parts(DEFAULT, "mob:3", 0)
     yield DEFAULT, 0, found["image"], found["gene"]
-    for name, encoder in frozen_encoders(setting).items():
+    for name, row in frozen_rows(setting).items():
         title = name.partition(",")[0].removeprefix("base: ")
-        yield f"PCA 30, told from {title} by ridge", 0, *components(fold, encoder, smoothed=False)
+        yield f"PCA 30, told from {title} by ridge", 0, *components(fold, row, smoothed=False)
         yield (
             f"PCA 30 averaged over self + ring 1, told from {title} by ridge",
             0,
-            *components(fold, encoder, smoothed=True),
+            *components(fold, row, smoothed=True),
         )
     for seed in setting.seeds:
         found = made.parts(RANDOM, "mob:3", seed)
