@@ -82,6 +82,8 @@ class Seen:
     species: list[str] = field(default_factory=list)
     n_spots: int = 0
     recipe: dict[str, Any] = field(default_factory=dict)
+    #: recipe by which the model is trained further, where it is another one
+    further: dict[str, Any] = field(default_factory=dict)
 
     def add(self, slides: Sequence[Any]) -> None:
         """Add slides, with where they come from, once each: a second stage sees no other spots."""

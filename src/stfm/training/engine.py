@@ -232,7 +232,7 @@ def _finished(
     model.history = rows if before is None or before.empty else pd.concat([before, rows], ignore_index=True)
     # Validation slides chose the weights, so they too are no test of them.
     model.seen.add([*train, *validation])
-    model.seen.recipe = recipe.to_dict()
+    model.seen.recipe, model.seen.further = recipe.to_dict(), {}
     return model.eval()
 
 

@@ -297,12 +297,12 @@ def recipe_for(model_name: str) -> Recipe:
 
 
 def recipe_of(model: Model) -> Recipe:
-    """Return how a model was trained, or the recipe of its size if it never was.
+    """Return how a model is trained further: as it says, as it was trained, or as fits its size if it never was.
 
     Precision (that of another device perhaps) and what was adapted are chosen anew.
     """
-    if model.seen.recipe:
-        return Recipe.from_dict(model.seen.recipe).replace(precision="auto", tune="full")
+    if recorded := model.seen.further or model.seen.recipe:
+        return Recipe.from_dict(recorded).replace(precision="auto", tune="full")
     return recipe_for(nearest_name(model.config))
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class Tower(nn.Module):
     """Means of every stage of a MobileNetV2, and the 67 statistics of :class:`HandcraftedFeatures`.
 
-    The statistics keep what the network is trained to forget (the stains), and cost a hundredth of it.
+    The statistics keep what the network is trained to forget: the stains.
     """
 
     def __init__(self) -> None:
