@@ -18,7 +18,7 @@ PACKAGED = ROOT / "src" / "stfm" / "weights" / "packaged" / "default"
 
 
 def results(path: Path) -> dict[str, dict[str, float]]:
-    """Return the scores of the default from the record of ``benchmarks/default.py``: part and slide -> metric -> mean."""
+    """Return the scores of the default as ``benchmarks/default.py`` wrote them: part and slide -> metric -> mean."""
     record = json.loads(path.read_text(encoding="utf-8"))
     found: dict[str, dict[str, float]] = {}
     for part, rows in record["parts"].items():
