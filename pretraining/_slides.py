@@ -15,6 +15,8 @@ from stfm.slide.tiles import TileReader
 
 #: H&E and counts
 PAIRED = ("her2st:C2", "her2st:C3", "her2st:C4", "her2st:C5", "her2st:B4", "mob:1", "mob:2")
+#: those whose H&E the tower learns from; more of it made the tower forget what it started from (docs/decisions.md)
+TOWER = ("her2st:C5", "mob:2")
 #: counts alone
 COUNTS = (
     "her2st:B1", "her2st:B2", "her2st:C1", "her2st:D1", "her2st:D3", "her2st:F1", "her2st:H1", "her2st:H2",

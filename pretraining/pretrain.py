@@ -76,7 +76,8 @@ def main() -> None:
     if options.no_self_supervision:
         tower = start_of_tower(start)
     else:
-        tower = train_tower(slides, start, options.out, seed=options.seed)
+        shown = _slides.read_slides(_slides.TOWER, options.data)
+        tower = train_tower(shown, start, options.out, seed=options.seed)
     genes = options.weights / "genes" / "OS_scRNA_gene_index.19264.tsv"
     model = train_model(slides, tower, genes, options.out, seed=options.seed)
     model.seen.further = ADAPT_RECIPE.to_dict()
