@@ -284,10 +284,10 @@ class STORM(Model):
         rows = windows.rows[hidden]
         genes = self._drawn_genes(counts.device)
         with torch.autocast(u.device.type, enabled=False):
-            loss = self.table.nll(u, counts[rows][:, genes].float(), totals[rows], genes)
+            loss = self.table.nll(u, counts[rows[:, None], genes].float(), totals[rows], genes)
         if batch.gene_mask is None:
             return _mean(loss)
-        return _mean(loss, batch.gene_mask[rows][:, genes].to(loss.dtype))
+        return _mean(loss, batch.gene_mask[rows[:, None], genes].to(loss.dtype))
 
     def _drawn_genes(self, device: torch.device) -> Tensor:
         n = len(self.table.known)

@@ -164,22 +164,26 @@ class GeneTable(nn.Module):
 
     def read(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return the u expected of each spot, ``(b, e)``, from the genes that were measured and are known."""
-        z = self.standardise(x, mask) * self.known
         panels, which = _panels(mask, len(x), self.known)
-        posterior = [self._posterior(panel) for panel in panels]
-        if len(posterior) == 1:
-            return z @ posterior[0]
-        out = z.new_zeros(len(z), self.width)
-        for i, maps in enumerate(posterior):  # one small system a panel, that is a slide
-            rows = which == i
-            out = out.index_put((rows.nonzero().squeeze(1),), z[rows] @ maps)
+        if len(panels) == 1:
+            return self._posterior(x, panels[0])
+        out = x.new_zeros(len(x), self.width)
+        for i, panel in enumerate(panels):  # one small system a panel, that is a slide
+            rows = (which == i).nonzero().squeeze(1)
+            out = out.index_put((rows,), self._posterior(x[rows], panel))
         return out
 
-    def _posterior(self, panel: Tensor) -> Tensor:
-        """Return the matrix ``(G, e)`` from standardised genes to ``E[u]``: ``E (EᵀE + noise)⁻¹`` of the measured."""
-        kept = (self.embedding * panel[:, None]).float()
+    def _posterior(self, x: Tensor, panel: Tensor) -> Tensor:
+        """Return ``E[u] = (EᵀE + noise)⁻¹ Eᵀ z`` of spots with one panel; genes outside it are not touched."""
+        if bool(panel.all()):
+            mean, scale, kept = self.mean, self.scale, self.embedding.float()
+        else:
+            genes = panel.nonzero().squeeze(1)
+            x, mean, scale, kept = x[:, genes], self.mean[genes], self.scale[genes], self.embedding[genes].float()
+        # In place: of 17,000 genes every pass over the spots of a batch counts.
+        z = (x - mean).mul_(1 / scale).clamp_(-_CLIP, _CLIP)
         system = kept.T @ kept + self.noise * torch.eye(self.width, device=kept.device)
-        return torch.linalg.solve(system, kept.T).T  # type: ignore[no-any-return]
+        return z @ torch.linalg.solve(system, kept.T).T  # type: ignore[no-any-return]
 
     def update(self, expected: Tensor, variance: Tensor, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return u of spots whose own counts are measured, from what was expected of them: Bayes' rule.
@@ -257,7 +261,13 @@ class GeneTable(nn.Module):
 
 def _panels(mask: Tensor | None, n: int, known: Tensor) -> tuple[list[Tensor], Tensor]:
     """Return the different panels of a batch, and which one each spot has."""
-    if mask is None or bool(mask.all()):
-        return [known], torch.zeros(n, dtype=torch.long, device=known.device)
-    panels, which = torch.unique(mask, dim=0, return_inverse=True)
-    return [panel & known for panel in panels], which
+    alike = torch.zeros(n, dtype=torch.long, device=known.device)
+    if mask is None:
+        return [known], alike
+    if mask.stride(0) == 0 or n == 1:  # one row for all, as of one slide
+        return [mask[0] & known], alike
+    # Spots of a slide follow each other: only where a panel differs from the one before is there anything to compare.
+    first = torch.ones(n, dtype=torch.bool, device=mask.device)
+    first[1:] = (mask[1:] != mask[:-1]).any(dim=1)
+    panels, which = torch.unique(mask[first], dim=0, return_inverse=True)
+    return [panel & known for panel in panels], which[first.cumsum(dim=0) - 1]
