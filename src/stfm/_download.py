@@ -58,7 +58,7 @@ def fetch_file(url: str, target: Path, sha256: str | None, *, page: str | None =
         What came (or, offline, what is there) is not the file that is meant.
     """
     expected = sha256 or _remembered(target)
-    if target.is_file() and _is_whole(target, expected):
+    if is_whole(target, expected):
         return target
     if settings.offline:
         _refuse_offline(url, target, expected)
@@ -97,6 +97,19 @@ def copy_file(source: Path, target: Path) -> Path:
         except OSError as error:
             raise _unwritable(target, error) from error
     return target
+
+
+def is_whole(path: Path, sha256: str | None) -> bool:
+    """Return whether a file is there and is what is meant, or where no hash is known, what was accepted first.
+
+    Parameters
+    ----------
+    path
+        Of the file.
+    sha256
+        Of the file, where it is known.
+    """
+    return path.is_file() and _is_whole(path, sha256 or _remembered(path))
 
 
 def sha256_of(path: Path) -> str:
@@ -180,21 +193,21 @@ def _fetch(url: str, target: Path, expected: str | None, page: str | None) -> No
         work.mkdir(parents=True, exist_ok=True)
         try:
             pooch.retrieve(url, known_hash=known, fname="whole", path=work, downloader=resume)
-        except ValueError:  # pooch's word for a wrong hash: perhaps the file changed between two parts of it
-            if not resume.resumed:
+        except ValueError as error:  # pooch's word for a wrong hash: perhaps the file changed between two parts of it
+            if isinstance(error, requests.RequestException) or not resume.resumed:
                 raise
             pooch.retrieve(url, known_hash=known, fname="whole", path=work, downloader=resume)
         (work / "whole").replace(target)
+    except requests.RequestException as error:  # before ValueError: a malformed address is both
+        if not resume.part.exists():
+            shutil.rmtree(work)
+        raise _explain(url, target, page, error) from error
     except ValueError as error:
         shutil.rmtree(work)
         raise DataIntegrityError(
             f"what {url} gave is not the file that is meant (expected sha256 {(expected or '')[:12]}…); try again, or "
             "check STFM_MIRROR"
         ) from error
-    except requests.RequestException as error:
-        if not resume.part.exists():
-            shutil.rmtree(work)
-        raise _explain(url, target, page, error) from error
     except OSError as error:
         raise _unwritable(target, error) from error
     shutil.rmtree(work)

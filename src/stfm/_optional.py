@@ -11,7 +11,7 @@ from stfm._errors import MissingDependencyError
 EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
     "spatial": ("SpatialData and squidpy", ("spatialdata", "squidpy")),
     "wsi": ("whole-slide images and compressed TIFF", ("tifffile", "imagecodecs", "openslide")),
-    "encoders": ("published image encoders", ("timm", "transformers")),
+    "encoders": ("image encoders timm:<any model>", ("timm", "transformers")),
     "hub": ("weights from and to the Hugging Face hub", ("huggingface_hub",)),
     "lora": ("low-rank fine-tuning", ("peft",)),
     "leiden": ("Leiden clustering", ("igraph", "leidenalg")),

@@ -101,6 +101,14 @@ def test_error_ignore_and_too_many_views():
         build_encoder("uni", options={"width": 32, "depth": 1, "heads": 4}, on_mpp="warn")
 
 
+@pytest.mark.parametrize("mpp", [0.0, -0.5, float("nan"), float("inf")])
+def test_a_scale_is_a_positive_number(mpp: float):
+    with pytest.raises(InputError, match="mpp must be a positive number of µm/px"):
+        fit_scale(torch.zeros(1, 3, 32, 32), SPEC, mpp)
+    with pytest.raises(InputError, match="mpp must be a number, or one for each of 3 tiles; got 2"):
+        encoder_at()[0](torch.zeros(3, 3, 32, 32), torch.tensor([0.5, 1.0]))
+
+
 def test_an_encoder_of_any_size_reads_the_resampled_tile():
     x, n = fit_scale(torch.rand(1, 3, 40, 40), replace(SPEC, input_px=None), 1.0)
     assert (n, tuple(x.shape)) == (1, (1, 3, 80, 80))

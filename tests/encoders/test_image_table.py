@@ -64,6 +64,7 @@ def test_every_row_of_the_issue_is_there():
     assert table.loc["ctranspath", "mpp"] == 1.0
     assert table.loc["conch", "input_px"] == 448
     assert np.isnan(float(table.loc["clip", "mpp"]))
+    assert (sf.models.list_encoders("gene")[["mean", "std", "interpolation"]] == "").all(axis=None)
     assert table.loc[["uni", "uni2", "conch", "h0-mini"], "gated"].all()
 
 
@@ -91,6 +92,8 @@ def test_hub_places(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     assert asked == [("hub:MahmoodLab/UNI/pytorch_model.bin", True), ("https://example.org/uni.bin", True)]
     with pytest.raises(InputError, match="No file on the Hugging Face hub is known for encoder 'ctranspath'"):
         build_encoder("ctranspath", weights="hub")
+    with pytest.raises(InputError, match="give weights='hub:histai/hibou-b/file'"):
+        build_encoder("hibou-b", options=VIT, weights="hub")
 
 
 def test_the_page_shows_the_table():
@@ -306,6 +309,9 @@ def test_preparation_may_be_changed():
     assert short("uni", mean=(0.1, 0.2, 0.3)).fingerprint() == short("uni", mean=[0.1, 0.2, 0.3]).fingerprint()
     with pytest.raises(InputError, match="interpolation='cubic' is unknown"):
         short("uni", interpolation="cubic")
+    for wrong in ({"mean": [0, 0]}, {"std": [1, 0, 1]}, {"mpp": 0}, {"input_px": -16}):
+        with pytest.raises(InputError, match=f"Encoder 'uni': {next(iter(wrong))} must be"):
+            short("uni", **wrong)
     resized = short("gigapath")
     border = white.clone().repeat(1, 1, 6, 6)[..., :256, :256]
     border[..., :16, :] = 0

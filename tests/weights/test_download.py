@@ -135,6 +135,12 @@ def test_a_server_that_is_busy_is_asked_again(home, cache, sha256, monkeypatch):
     assert waits[1] == 2 * waits[0]
 
 
+@pytest.mark.parametrize("url", ["127.0.0.1:9/w.bin", "htp://127.0.0.1/w.bin", "hub:o/r/w.bin"])
+def test_a_malformed_address_is_no_wrong_file(url, cache, sha256):
+    with pytest.raises(InputError, match=f"could not fetch {url} .*check the network, set STFM_MIRROR"):
+        _download.fetch_file(url, cache / "w.bin", sha256)
+
+
 def test_a_dead_port_is_told_at_once(cache, sha256):
     start = time.monotonic()
     with pytest.raises(InputError, match="could not fetch http://127.0.0.1:1/w.*check the network.*put the file at"):

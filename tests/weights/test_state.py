@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -95,6 +96,23 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
         (tmp_path / "w.pt").write_bytes(content)
         with pytest.raises(DataIntegrityError, match="cannot be opened safely"):
             sf.weights.read_state(tmp_path / "w.pt")
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_a_damaged_file_is_told_wherever_it_is_damaged(zipped, tmp_path):
+    file = tmp_path / "w.pt"
+    torch.save(STATE, file, _use_new_zipfile_serialization=zipped)
+    whole = file.read_bytes()
+    generator = np.random.default_rng(0)
+    for _ in range(150):
+        content = bytearray(whole)
+        for at in generator.integers(0, len(whole), size=generator.integers(1, 30)):
+            content[at] = generator.integers(0, 256)
+        file.write_bytes(content)
+        try:
+            sf.weights.read_state(file)
+        except DataIntegrityError as error:
+            assert str(file) in str(error)  # noqa: PT017
 
 
 def test_the_room_loads_no_torch():

@@ -327,6 +327,21 @@ def test_the_hub_needs_its_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(MissingDependencyError, match=r"pip install 'stfm\[hub\]'"):
         sf.weights.locate("hub:owner/repo/w.bin")
-    for source in ("hub:owner/repo", "hub:owner", "hub:owner/repo/../../x"):
-        with pytest.raises(InputError, match="names no file on the hub; it is written hub:<owner>/<repo>/<file>"):
-            sf.weights.locate(source)
+    wrong = ("hub:", "hub:owner/repo", "hub:owner", "hub:owner/repo/../../x", "hub:../../x", "hub:o/r@../x")
+    for source in wrong:
+        for mirror in (None, "http://127.0.0.1:9"):
+            with sf.settings.override(mirror=mirror), pytest.raises(InputError, match="names no file on the hub; it"):
+                sf.weights.locate(source)
+
+
+def test_a_damaged_copy_of_a_file_of_the_hub_is_fetched_again(cache, home, monkeypatch, tmp_path):
+    with sf.settings.override(mirror=home.url):
+        kept = sf.weights.locate("hub:owner/repo/w.bin")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    assert sf.weights.locate("hub:owner/repo/w.bin") == kept == cache / "weights" / "hub" / "owner" / "repo" / "w.bin"
+    kept.write_bytes(b"damaged")
+    (tmp_path / "w.bin").write_bytes(home.content)
+    errors = SimpleNamespace(EntryNotFoundError=LookupError, HfHubHTTPError=ConnectionError)
+    module = SimpleNamespace(hf_hub_download=lambda *_a, **_k: str(tmp_path / "w.bin"), errors=errors)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", module)
+    assert sf.weights.locate("hub:owner/repo/w.bin") == tmp_path / "w.bin"

@@ -34,13 +34,22 @@ def _run(*words: str, status: int = 0) -> str:
 
 def test_fetch_then_path_then_list(name, cache):
     target = str(cache / "weights" / "remote" / "w.bin")
-    (before,) = [line for line in _run("list").splitlines() if "remote" in line]
+    (before,) = [line for line in _run("list").splitlines() if "│ remote" in line]
     assert " no " in before
     assert "0.2 MiB" in before
     assert _run("fetch", name).strip() == target
     assert _run("path", name).strip() == target
-    (after,) = [line for line in _run("list").splitlines() if "remote" in line]
+    (after,) = [line for line in _run("list").splitlines() if "│ remote" in line]
     assert " yes " in after
+
+
+def test_the_list_is_read_in_a_narrow_window(name, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = _run("list").splitlines()
+    assert "remote: a test" in lines
+    rows = [line for line in lines if line.startswith("│")]
+    assert len(rows) == len(sf.weights.list_weights())  # a line each
+    assert max(map(len, rows)) <= 80
 
 
 def test_verify_ends_with_1_where_something_is_damaged(name):
@@ -69,6 +78,12 @@ def test_hash_prints_what_the_table_reads(tmp_path):
     assert tomllib.loads(_run("hash", str(tmp_path / "mine" / "a.txt")))["a"]["files"] == {"a.txt": expected["a.txt"]}
     result = runner.invoke(app, ["weights", "hash", str(tmp_path / "absent")])
     assert isinstance(result.exception, MissingKeyError)
+
+
+def test_doctor_says_that_a_folder_of_weights_is_not_there(tmp_path):
+    with sf.settings.override(weights_dir=tmp_path / "absent"):
+        (found,) = [row for row in _doctor.examine() if row.name == "folder of weights"]
+    assert (found.state, found.value) == ("note", f"{tmp_path / 'absent'} (no such folder)")
 
 
 def test_doctor_says_which_weights_are_here(name, cache):

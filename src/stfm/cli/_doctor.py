@@ -110,6 +110,9 @@ def _cache() -> list[Finding]:
     if settings.offline:
         advice = "only cached files are used; unset STFM_OFFLINE to fetch others"
         offline = Finding("network", "offline", "yes", "note", advice)
+    own = Finding("network", "folder of weights", str(settings.weights_dir or "none (STFM_WEIGHTS)"))
+    if settings.weights_dir is not None and not settings.weights_dir.is_dir():
+        own = Finding("network", own.name, f"{own.value} (no such folder)", "note", "mend or unset STFM_WEIGHTS")
     return [
         Finding("cache", "folder", f"{folder} ({size / 2**20:.0f} MiB)" if there else f"{folder} (made on first use)"),
         Finding(
@@ -121,7 +124,7 @@ def _cache() -> list[Finding]:
         ),
         offline,
         Finding("network", "mirror", settings.mirror or "none (public repositories)"),
-        Finding("network", "folder of weights", str(settings.weights_dir or "none (STFM_WEIGHTS)")),
+        own,
     ]
 
 

@@ -24,7 +24,9 @@ def show() -> None:
     table = weights.list_weights()
     table["size"] = ["" if size != size else f"{size:.1f} MiB" for size in table["size"]]
     table["here"] = ["yes" if there else "no" for there in table["there"]]
-    _print(table.reset_index(names="name")[["name", "version", "kind", "size", "licence", "here", "summary"]])
+    _print(table.reset_index(names="name")[["name", "version", "kind", "size", "licence", "here"]])
+    for name, summary in table["summary"].items():  # below: beside the rest it would be a column of syllables
+        typer.echo(f"{name}: {summary}")
 
 
 @app.command()
@@ -80,7 +82,7 @@ def _print(frame: pd.DataFrame) -> None:
 
     table = Table()
     for column in frame.columns:
-        table.add_column(column, overflow="fold", no_wrap=column in {"name", "weights", "state", "licence"})
+        table.add_column(column, overflow="fold", no_wrap=column not in {"file", "path"})
     for row in frame.astype(str).itertuples(index=False):
         table.add_row(*(Text(value, style=STATES.get(value, "")) for value in row))
     Console().print(table)

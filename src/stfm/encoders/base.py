@@ -168,6 +168,9 @@ class ImageEncoder(Encoder):
         """
         if not isinstance(mpp, torch.Tensor):
             return self._encode(tiles, mpp)
+        if mpp.numel() not in (1, len(tiles)):
+            msg = f"mpp must be a number, or one for each of {len(tiles)} tiles; got {mpp.numel()}."
+            raise InputError(msg)
         if self.spec.mpp is None or self.on_mpp == "ignore":
             return self._encode(tiles, None)
         kinds, place = mpp.flatten().unique(return_inverse=True)

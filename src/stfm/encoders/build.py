@@ -120,7 +120,8 @@ def _place(spec: EncoderSpec, weights: str | Path | Mapping[str, Tensor]) -> str
     if not (isinstance(weights, str) and weights == "hub"):
         return weights
     if not spec.remote:
-        msg = f"No file on the Hugging Face hub is known for encoder {spec.name!r}; give weights='hub:owner/repo/file'."
+        place = f"hub:{spec.hub or 'owner/repo'}/file"
+        msg = f"No file on the Hugging Face hub is known for encoder {spec.name!r}; give weights={place!r}."
         raise InputError(msg)
     return spec.remote
 

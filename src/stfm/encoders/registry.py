@@ -101,6 +101,7 @@ def list_encoders(modality: str | None = None) -> pd.DataFrame:
     1.0
     """
     table = ENCODERS.frame()
+    table.loc[table["modality"] != "image", ["mean", "std", "interpolation"]] = ""  # which are of images alone
     if modality is not None:
         table = table[table["modality"] == modality]
     return table[list(COLUMNS)].astype({"parameters": "Int64", "input_px": "Int64", "resize_px": "Int64"})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import ceil
+from math import ceil, isfinite
 from typing import TYPE_CHECKING
 
 import torch
@@ -54,12 +54,16 @@ def fit_scale(
     Raises
     ------
     InputError
-        Another scale with ``"error"``, or a tile so large that it would take more than 64 views.
+        A scale that is no positive number, another one with ``"error"``, or a tile so large that it would take more
+        than 64 views.
     """
     check_choice("on_mpp", on_mpp, ON_MPP)
     shown = spec.resize_px or spec.input_px
     if mpp is None or spec.mpp is None or on_mpp == "ignore":
         return _usual(tiles, spec), 1
+    if not (isfinite(mpp) and mpp > 0):
+        msg = f"mpp must be a positive number of µm/px, or None where it is not known; got {mpp}."
+        raise InputError(msg)
     height, width = tiles.shape[-2:]
     seen = mpp if shown is None else mpp * max(height, width) / shown
     if 1 / (1 + TOLERANCE) <= seen / spec.mpp <= 1 + TOLERANCE:

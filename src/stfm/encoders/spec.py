@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from stfm._errors import InputError
 from stfm._validate import check_choice
 
 if TYPE_CHECKING:
@@ -93,7 +94,16 @@ class EncoderSpec:
         check_choice("source", self.source, SOURCES)
         check_choice("interpolation", self.interpolation, INTERPOLATIONS)
         for name in TUPLES:
-            object.__setattr__(self, name, tuple(float(value) for value in getattr(self, name)))
+            values = tuple(float(value) for value in getattr(self, name))
+            if len(values) != 3 or (name == "std" and min(values) <= 0):
+                msg = f"Encoder {self.name!r}: {name} must be 3 {'positive ' * (name == 'std')}numbers, got {values}."
+                raise InputError(msg)
+            object.__setattr__(self, name, values)
+        for name in ("input_px", "resize_px", "mpp"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                msg = f"Encoder {self.name!r}: {name} must be positive or None, got {value}."
+                raise InputError(msg)
 
     @property
     def remote(self) -> str:

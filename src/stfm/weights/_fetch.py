@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from stfm._download import fetch_file, sha256_of
+from stfm._download import fetch_file, is_whole, sha256_of
 from stfm._errors import DataIntegrityError, InputError, MissingKeyError, StfmError
 from stfm._logging import get_logger
 from stfm._settings import settings
 from stfm._validate import did_you_mean
-from stfm.weights.hub import HUB, fetch_from_hub
+from stfm.weights.hub import HUB, fetch_from_hub, parse
 from stfm.weights.registry import WEIGHTS, WeightsSpec
 
 if TYPE_CHECKING:
@@ -284,12 +284,14 @@ def _fetch_one(spec: WeightsSpec, file: str, sha256: str, target: Path) -> None:
 
 
 def _from_hub(source: str, sha256: str | None, *, gated: bool) -> Path:
+    parse(source)
     key = Path("hub", *source.removeprefix(HUB).split("/"))
-    own = _own_file(key, sha256)
+    if settings.mirror:
+        return _from_address(source, key, sha256, gated=gated)
+    kept = settings.cache_dir / _ROOM / key  # what once came through a mirror
+    own = _own_file(key, sha256) or (kept if is_whole(kept, sha256) else None)
     if own is not None:
         return own
-    if settings.mirror or (settings.cache_dir / _ROOM / key).is_file():
-        return _from_address(source, key, sha256, gated=gated)
     return fetch_from_hub(source, gated=gated, sha256=sha256)
 
 

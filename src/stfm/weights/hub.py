@@ -22,7 +22,7 @@ def parse(source: str) -> tuple[str, str, str | None]:
     owner, _, rest = source.removeprefix(HUB).partition("/")
     repo, _, file = rest.partition("/")
     repo, _, revision = repo.partition("@")
-    if not (owner and repo and file) or {"..", ""} & set(file.split("/")):
+    if {"", ".", ".."} & {owner, repo, *file.split("/")} or revision in {".", ".."}:
         msg = f"{source!r} names no file on the hub; it is written {HUB}<owner>/<repo>/<file>."
         raise InputError(msg)
     return f"{owner}/{repo}", file, revision or None

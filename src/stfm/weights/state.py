@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 from stfm._errors import DataIntegrityError, MissingKeyError
@@ -18,6 +19,11 @@ __all__ = ["read_state", "strip_prefix", "unwrap"]
 #: keys under which training code wraps the weights
 _WRAPPERS = ("state_dict", "model", "teacher")
 _PREFIXES = ("module.", "backbone.")
+#: what torch raises where a file is damaged, by the place of the damage
+_UNREADABLE = (
+    UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError, OSError,
+    OverflowError, AssertionError,
+)  # fmt: skip
 
 
 def read_state(path: str | Path, *, nested: bool = False) -> dict[str, Tensor]:
@@ -59,7 +65,6 @@ def _opened(path: Path) -> Any:
             msg = f"{path} is not a readable safetensors file ({error}); fetch it again."
             raise DataIntegrityError(msg) from error
     import warnings
-    from pickle import UnpicklingError
 
     import torch
 
@@ -67,7 +72,9 @@ def _opened(path: Path) -> Any:
         with warnings.catch_warnings():  # of the pickle's protocol: what cannot be read is told below
             warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)
             return torch.load(path, map_location="cpu", weights_only=True)
-    except (UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, IndexError) as error:
+    except PermissionError:
+        raise
+    except _UNREADABLE as error:
         msg = (
             f"{path} cannot be opened safely ({type(error).__name__}): it is damaged, or holds more than tensors, "
             "which stfm does not run. Fetch it again, or convert it to safetensors where you trust it."
