@@ -48,6 +48,15 @@ def test_without_cache_nothing_is_written(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_cache_that_cannot_be_written_costs_only_the_cache(tmp_path):
+    model = make_model()
+    (tmp_path / "file").write_text("in the way")
+    with settings.override(cache_dir=tmp_path / "file"), pytest.warns(StfmWarning, match="Features are not kept"):
+        found = image_features(ready(model, make_slide(n=5)), model.niche, "niche", device="cpu")
+    expected = image_features(ready(model, make_slide(n=5)), model.niche, "niche", device="cpu", cache=False)
+    np.testing.assert_array_equal(found, expected)
+
+
 def test_the_key_changes_with_all_that_decides_the_features():
     model = make_model()
     one = ready(model, make_slide(n=20))

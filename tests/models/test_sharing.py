@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import stfm as sf
-from stfm._errors import InputError, MissingDependencyError
+from stfm._errors import InputError, MissingDependencyError, StfmWarning
 from stfm.models._half import stored
 from stfm.models.base import CARD_FILE, CONFIG_FILE, GENES_FILE, WEIGHTS_FILE
 from stfm.slide.genes import Vocabulary
@@ -151,6 +151,21 @@ def test_push_sends_the_folder_that_save_writes(model, hub):
     assert (hub.sent["message"], hub.sent["revision"]) == ("first", "next")
     assert "(fp16)" in hub.card
     assert "her2st-loso" in hub.card
+
+
+def test_weights_of_others_are_told(hub, tmp_path):
+    options = {"width": 16, "depth": 1, "heads": 2, "hidden": 16}
+    torch.save(sf.encoders.build_encoder("uni", options=options).published_state(), tmp_path / "uni.pt")
+    slot = {"name": "uni", "options": options, "weights": str(tmp_path / "uni.pt")}
+    model = sf.models.create("st-align-tiny", GENES, spot_image=slot)
+    told = r"holds weights of uni \(CC BY-NC-ND 4.0, gated\); see that you may pass them on"
+    with sf.settings.override(offline=False), pytest.warns(StfmWarning, match=told):
+        model.push_to_hub("me/tiny")
+    assert "## Weights of others" in hub.card
+    assert "* uni (CC BY-NC-ND 4.0, gated)\n" in hub.card
+    with pytest.warns(StfmWarning, match="starts from random weights"):
+        scratch = sf.models.create("st-align-tiny", GENES, spot_image={**slot, "weights": None})
+    assert "Weights of others" not in (scratch.save(tmp_path / "scratch") / CARD_FILE).read_text()
 
 
 def test_push_says_why_not(model, hub, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import warnings
 from functools import partial
 from typing import TYPE_CHECKING
@@ -83,6 +84,14 @@ def use_frozen_features(
                 setattr(one, f"{level}_features", SideBySide(tables) if contexts else tables[0])
 
 
+def _is_writable(folder: Path) -> bool:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(folder, os.W_OK)
+
+
 def image_features(
     inputs: SlideInputs,
     encoder: torch.nn.Module,
@@ -130,7 +139,10 @@ def image_features(
     kept = _read(path, inputs.n_obs)
     if kept is not None:
         return kept
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if not _is_writable(path.parent):
+        msg = f"Features are not kept: {path.parent} cannot be written. Set STFM_CACHE to a folder that can be."
+        warnings.warn(msg, StfmWarning, stacklevel=2)
+        return _compute(inputs, encoder, level, batch_size, where, precision, _in_memory)
     new = path.with_name(f"{path.name}.{uuid4().hex}.tmp")
     try:
         features = _compute(inputs, encoder, level, batch_size, where, precision, partial(_on_disk, new))

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
     import pandas as pd
 
-__all__ = ["About", "model_card"]
+    from stfm.encoders.spec import EncoderSpec
+
+__all__ = ["About", "licences", "model_card"]
 
 _TAGS = ("spatial-transcriptomics", "histopathology", "multimodal", "biology")
 
@@ -59,6 +61,7 @@ def model_card(
     history: pd.DataFrame | None,
     about: About | None = None,
     dtype: str = "fp32",
+    inside: Mapping[str, EncoderSpec] | None = None,
 ) -> str:
     """Return a card in Markdown: what the model is, what it saw, what it reached.
 
@@ -78,6 +81,8 @@ def model_card(
         What a person adds.
     dtype
         How the weights are stored.
+    inside
+        Encoders whose published weights it holds, by slot.
     """
     about = about or About()
     lines = [
@@ -95,6 +100,7 @@ def model_card(
         "Numbers measured on any of these are not numbers of generalisation.",
         "",
         *_results(about.results),
+        *_inside(inside or {}),
         "## Training",
         "",
         *_training(history, seen["recipe"]),
@@ -130,6 +136,26 @@ def _results(results: Mapping[str, Mapping[str, float]]) -> list[str]:
     ]
     head = [f"| protocol | {' | '.join(metrics)} |", "|---|" + "---|" * len(metrics)]
     return ["## Numbers", "", *head, *rows, ""]
+
+
+def licences(inside: Mapping[str, EncoderSpec]) -> list[str]:
+    """Return each encoder once, with the licence of its weights.
+
+    Parameters
+    ----------
+    inside
+        Encoders by slot.
+    """
+    said = (f"{spec.name} ({spec.licence or 'licence not stated'}{', gated' * spec.gated})" for spec in inside.values())
+    return list(dict.fromkeys(said))
+
+
+def _inside(inside: Mapping[str, EncoderSpec]) -> list[str]:
+    """Return whose weights it holds."""
+    if not inside:
+        return []
+    rows = [f"* {name}" for name in licences(inside)]
+    return ["## Weights of others", "", "It was made with these weights, whose licences go on:", "", *rows, ""]
 
 
 def _training(history: pd.DataFrame | None, recipe: Mapping[str, Any]) -> list[str]:

@@ -119,6 +119,23 @@ def check_saveable(config: Any) -> None:
             raise InputError(msg)
 
 
+def published_inside(config: Any) -> dict[str, EncoderSpec]:
+    """Return the encoders whose published weights a model was made with, by slot; it passes them on when it is shared.
+
+    Parameters
+    ----------
+    config
+        Configuration of a model.
+    """
+    choices = {slot.name: getattr(config, slot.name) for slot in fields(config)}
+    return {
+        slot: choice.spec
+        for slot, choice in choices.items()
+        if isinstance(choice, EncoderChoice) and choice.spec.source == "published"
+        if choice.weights is not None or choice.options.get("pretrained")
+    }
+
+
 def build_image(choice: EncoderChoice, *, pretrained: bool) -> ImageEncoder:
     """Return the image encoder of a slot."""
     return _build(choice, None, pretrained=pretrained)  # type: ignore[return-value]

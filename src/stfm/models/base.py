@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,12 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from stfm._errors import DataIntegrityError, InputError, MissingKeyError
+from stfm._errors import DataIntegrityError, InputError, MissingKeyError, StfmWarning
 from stfm._validate import check_choice
 from stfm._version import __version__
-from stfm.models._card import About, model_card
+from stfm.models._card import About, licences, model_card
 from stfm.models._half import DTYPES, stored
-from stfm.models._slots import check_saveable
+from stfm.models._slots import check_saveable, published_inside
 from stfm.slide.genes import Vocabulary
 
 if TYPE_CHECKING:
@@ -264,6 +265,7 @@ class Model(nn.Module, ABC):
             history=self.history,
             about=self.about,
             dtype=dtype,
+            inside=published_inside(self.config),
         )
         (folder / CARD_FILE).write_text(card, encoding="utf-8")
         description = {
@@ -289,7 +291,8 @@ class Model(nn.Module, ABC):
     ) -> str:
         """Share the model on the Hugging Face hub: the folder that :meth:`save` writes, with its card.
 
-        Say first what the card should say: ``model.about.licence``, ``.text`` and ``.results``.
+        Say first what the card should say: ``model.about.licence``, ``.text`` and ``.results``. A model made with
+        weights of others holds them: that is told, with their licence.
 
         Parameters
         ----------
@@ -321,6 +324,9 @@ class Model(nn.Module, ABC):
 
         from stfm.weights.hub import push_folder
 
+        if inside := licences(published_inside(self.config)):
+            msg = f"The model holds weights of {', '.join(inside)}; see that you may pass them on."
+            warnings.warn(msg, StfmWarning, stacklevel=2)
         with TemporaryDirectory() as folder:
             return push_folder(
                 self.save(folder, dtype=dtype), repo_id, token=token, private=private, message=message,
