@@ -209,6 +209,17 @@ def test_names_and_shapes_are_the_listed_ones(name: str):
     encoder.load_weights(shapes)
 
 
+@pytest.mark.parametrize("name", ["uni", "uni2", "gigapath", "h-optimus-0", "h0-mini", "hibou-b", "hibou-l", "phikon"])
+def test_layouts_of_others_have_a_place_for_the_class_token(name: str):
+    encoder = short(name)
+    covered = (encoder.spec.input_px // encoder.backbone.patch_embed.proj.kernel_size[0]) ** 2 + 1
+    others = [layout for layout in encoder.layouts if layout != "timm"]
+    assert bool(others) == (name not in ("uni2", "h-optimus-0", "h0-mini"))
+    for layout in others:
+        (table,) = [v for k, v in encoder.published_state(layout).items() if "pos" in k]
+        assert table.shape[1] == covered
+
+
 def test_swin_as_first_published():
     names = set(short("ctranspath").published_state("Swin, original"))
     assert {"layers.0.downsample.reduction.weight", "patch_embed.proj.6.bias"} <= names

@@ -72,14 +72,18 @@ _IBOT = KeyMap(
 )
 
 
-def vit_layouts(*, registers: bool, gated: bool, scaled: bool) -> tuple[KeyMap, ...]:
+def vit_layouts(*, registers: bool, gated: bool, scaled: bool, covers_cls: bool) -> tuple[KeyMap, ...]:
     """Return the layouts that a vision transformer may be published in.
 
     Parameters
     ----------
     registers, gated, scaled
         Whether it has registers, SwiGLU, LayerScale.
+    covers_cls
+        Whether the table of positions has a place for the class token. transformers' and DINOv2's always have one.
     """
+    if not covers_cls:
+        return (KeyMap("timm", dropped=(r"head\..+",)),)
     kinds = (_dinov2_transformers(gated=gated), _DINOV2) if scaled else (_TRANSFORMERS_5, _TRANSFORMERS_4)
     return (*kinds, *(() if registers else (_IBOT,)), KeyMap("timm", dropped=(r"head\..+",)))
 

@@ -156,7 +156,9 @@ class VisionTransformer(nn.Module):
             raise InputError(msg)
         self.covers_cls = check_choice("positions", positions, POSITIONS) == "all"
         self.pool = Pooling(pooling, widths=[width] * depth, cls=True, stages=stages)
-        self.layouts = vit_layouts(registers=registers > 0, gated=gated, scaled=layer_scale is not None)
+        self.layouts = vit_layouts(
+            registers=registers > 0, gated=gated, scaled=layer_scale is not None, covers_cls=self.covers_cls
+        )
         n_tokens = (image_px // patch) ** 2 + self.covers_cls
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.reg_token = nn.Parameter(torch.zeros(1, registers, width)) if registers else None
