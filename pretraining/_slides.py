@@ -47,6 +47,7 @@ def read_slides(names: Iterable[str], data: Path) -> list[Slide]:
     slides = []
     for name in names:
         (slide,) = as_slides(read(name, data))
+        slide = replace(slide, study=slide.study or name.partition(":")[0])
         slides.append(replace(slide, tiles=None) if name in COUNTS else slide)
     return slides
 

@@ -206,7 +206,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"cross_share": 0.0},
     "small": {**_LIGHT, "width": 96, "depth": 2, "heads": 4, "gene_width": 32, "spot_px": 112},
     "base": {
-        **_LIGHT, "image": EncoderChoice("stfm-tower"), "width": 128, "depth": 2, "heads": 4, "gene_width": 64,
+        **_LIGHT, "image": EncoderChoice("stfm-tower", weights="default"), "width": 128, "depth": 2, "heads": 4, "gene_width": 64,
         "spot_px": 112, "within_slides": True, "own_field": True,
     },
     "tiny": {
