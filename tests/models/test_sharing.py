@@ -177,3 +177,20 @@ def test_push_says_why_not(model, hub, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(MissingDependencyError, match=r"pip install 'stfm\[hub\]'"):
         model.push_to_hub("me/tiny")
+
+
+def test_no_folder_of_this_machine_is_shared(tmp_path):
+
+    from stfm.models import create
+    from stfm.models.distillation import DistillationConfig
+
+    start = create("distil-tiny", pretrained=False).image.backbone.state_dict()
+    torch.save(start, tmp_path / "tower.pt")
+    image = {"name": "cnn-tiny", "weights": str(tmp_path / "tower.pt")}
+    model = create(DistillationConfig(image=image, tile_px=28, teacher_px=56))
+    folder = model.save(tmp_path / "model")
+    for name in ("config.json", "README.md"):
+        text = (folder / name).read_text(encoding="utf-8")
+        assert "tower.pt" in text
+        assert str(tmp_path) not in text
+    assert sf.models.load(folder).config.image.weights == "tower.pt"

@@ -260,7 +260,7 @@ class Model(nn.Module, ABC):
             self.family,
             n_parameters=self.n_parameters,
             n_genes=0 if self.vocabulary is None else len(self.vocabulary),
-            config=asdict(self.config),
+            config=shared_config(self.config),
             seen=asdict(self.seen),
             history=self.history,
             about=self.about,
@@ -272,7 +272,7 @@ class Model(nn.Module, ABC):
             "family": self.family,
             "stfm_version": __version__,
             "dtype": dtype,
-            "config": asdict(self.config),
+            "config": shared_config(self.config),
             "seen": asdict(self.seen),
             "about": asdict(self.about),
         }
@@ -383,6 +383,19 @@ class Model(nn.Module, ABC):
 
     def resize_buffers(self, state: dict[str, Tensor]) -> None:
         """Give buffers whose size was fitted to data the size they have in ``state``; none by default."""
+
+
+def shared_config(config: Any) -> dict[str, Any]:
+    """Return a configuration as plain values; of a file of weights only its name, since folders are nobody's business.
+
+    The weights themselves are saved with the model, so that the file is not needed again.
+    """
+    values = asdict(config)
+    for part in values.values():
+        weights = part.get("weights") if isinstance(part, dict) else None
+        if isinstance(weights, str) and not weights.startswith(("hub:", "http://", "https://")):
+            part["weights"] = Path(weights).name
+    return values
 
 
 def config_from_dict(config_class: type[Any], values: dict[str, Any]) -> Any:
