@@ -2,8 +2,8 @@
 
 python benchmarks/training.py [--models st-align-tiny st-align-small] [--spots 1500] [--out benchmarks/results]
 
-* step share: time of forward + backward on batches that lie ready, over the time of a whole step of ``fit`` (reading,
-  augmentation, Lightning, clipping, optimiser, schedules, journal). Goal: 0.85.
+* step share: time of forward + backward on batches that lie ready, over the time of a whole step of ``fit`` (what of
+  reading and augmentation is not hidden behind it, Lightning, clipping, optimiser, schedules, journal). Goal: 0.85.
 * embedding share: time of ``model.embed`` on batches that lie ready, over the time of ``embed_slides``. Goal: 0.90.
 * peak memory of ``embed_blocks`` as the number of spots grows. Goal: flat.
 
@@ -17,7 +17,6 @@ import argparse
 import os
 import resource
 import sys
-import time
 from pathlib import Path
 
 # Idle threads that spin would take the cores from the reader thread (docs/decisions.md).
@@ -26,9 +25,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import numpy as np
 import torch
 from _common import table, write
+from _steps import Steps, clock, shares, step_share
 
 import stfm as sf
-from stfm.inference.features import use_frozen_features
 from stfm.inference.stream import embed_blocks, embed_slides
 from stfm.models.inputs import SlideInputs
 from stfm.models.registry import create
@@ -36,71 +35,7 @@ from stfm.slide.genes import Vocabulary
 from stfm.slide.readers import open_image
 from stfm.slide.slide import Slide
 from stfm.slide.tiles import TileReader
-from stfm.training.data import Batches
-from stfm.training.engine import fit
 from stfm.training.genes import make_vocabulary
-from stfm.training.recipes import resolve_recipe
-from stfm.training.sampling import SpotSampler
-
-#: epochs whose time is measured
-EPOCHS = 3
-
-
-def clock(function) -> np.ndarray:
-    """Wall seconds of a call, and seconds of CPU in the thread that computes."""
-    start = time.perf_counter(), time.thread_time()
-    function()
-    return np.array([time.perf_counter() - start[0], time.thread_time() - start[1]])
-
-
-def ready(model, slides) -> list[SlideInputs]:
-    """Slides made ready, with the features of frozen encoders."""
-    inputs = [SlideInputs(s, model.inputs, model.vocabulary, slide_id=i) for i, s in enumerate(slides)]
-    use_frozen_features(model, inputs, cache=False)
-    return inputs
-
-
-def step_share(name: str, slides, runs: int) -> dict:
-    """Bare forward + backward beside a step of ``fit``."""
-    model = create(name, make_vocabulary(slides))
-    recipe = resolve_recipe(None, name, epochs=4)
-    inputs = ready(model, slides)
-    model.fit_inputs(inputs)
-    sampler = SpotSampler([s.n_obs for s in slides], recipe.batch_size)
-    batches = list(Batches(inputs, sampler, epoch=lambda: 0))
-
-    def bare() -> None:
-        model.train()
-        for batch in batches:
-            model.losses(batch)["loss"].backward()
-            model.zero_grad()
-
-    def train(epochs: int) -> None:
-        fit(
-            create(name, model.vocabulary), slides, recipe.replace(epochs=epochs),
-            prepare=lambda one, made: use_frozen_features(one, made, cache=True), accelerator="cpu",
-        )  # fmt: skip
-
-    bare()
-    train(1)
-    bare_s, step_s = [], []
-    for _ in range(runs):
-        # The difference of two runs is free of their start.
-        short = clock(lambda: train(2))
-        bare_s.append(clock(bare) / len(batches))
-        step_s.append((clock(lambda: train(2 + EPOCHS)) - short) / (EPOCHS * len(batches)))
-        bare_s.append(clock(bare) / len(batches))
-    return {"batch_size": recipe.batch_size, **shares("step", np.min(bare_s, 0), np.min(step_s, 0))}
-
-
-def shares(what: str, bare: np.ndarray, whole: np.ndarray) -> dict:
-    """Milliseconds and the share of the bare model, by the clock on the wall and by CPU time."""
-    return {
-        "bare_ms": 1e3 * bare[0],
-        f"{what}_ms": 1e3 * whole[0],
-        "share": bare[0] / whole[0],
-        "share_of_cpu": bare[1] / whole[1],
-    }
 
 
 def embed_share(name: str, slides, runs: int, batch_size: int = 256) -> dict:
@@ -185,8 +120,12 @@ def main() -> int:
         "spots": 2 * options.spots, "runs": options.runs, "threads": torch.get_num_threads(), "step": {}, "embed": {},
     }  # fmt: skip
     for name in options.models:
-        for what, measure in (("step", step_share), ("embed", embed_share)):
-            row = results[what][name] = measure(name, slides, options.runs)
+        measures = {
+            "step": lambda name=name: step_share(Steps(name, slides), options.runs),
+            "embed": lambda name=name: embed_share(name, slides, options.runs),
+        }
+        for what, measure in measures.items():
+            row = results[what][name] = measure()
             print(
                 f"{name}: bare {row['bare_ms']:.1f} ms, {what} {row[f'{what}_ms']:.1f} ms, "
                 f"share {row['share']:.2f}, of CPU {row['share_of_cpu']:.2f}"
