@@ -203,6 +203,6 @@ def test_an_error_leaves_the_object_untouched(sdata):
     slots = [*table.obsm, *table.uns, *table.obsp, *table.obs]
     with pytest.raises(InputError, match="ties='never'"):
         sf.pp.build_niches(sdata, ties="never")
-    with pytest.raises(InputError, match="No weights"):
-        sf.tl.embed(sdata)
+    with pytest.raises(MissingKeyError, match="nothing"):
+        sf.tl.embed(sdata, library_key="nothing")
     assert [*table.obsm, *table.uns, *table.obsp, *table.obs] == slots

@@ -206,8 +206,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"cross_share": 0.0},
     "small": {**_LIGHT, "width": 96, "depth": 2, "heads": 4, "gene_width": 32, "spot_px": 112},
     "base": {
-        **_LIGHT, "image": EncoderChoice("stfm-tower", weights="default"), "width": 128, "depth": 2, "heads": 4, "gene_width": 64,
-        "spot_px": 112, "within_slides": True, "own_field": True,
+        **_LIGHT, "image": EncoderChoice("stfm-tower", weights="default"), "spot_px": 112, "width": 128, "depth": 2,
+        "heads": 4, "gene_width": 64, "within_slides": True, "own_field": True,
     },
     "tiny": {
         **_LIGHT, "width": 48, "depth": 1, "heads": 4, "gene_width": 16, "spot_px": 56,
