@@ -45,7 +45,8 @@ TITLES = {
     "domains": "Spatial domains\n\nOne clustering for all rows: consensus of mixtures, as many domains as labels.",
     "expression": (
         "Expression from H&E\n\nThe genes of `hvg250`, chosen on the training slides, that the default writes. Ridge "
-        "and STORM from scratch are trained on bulbs 1 and 2; cortex is at 16 µm/px, where a px is as large as a cell."
+        "and STORM from scratch are trained on bulbs 1 and 2; MobileNetV2 sees tiles at 224 px, the others at "
+        "112. Cortex is at 16 µm/px, where a px is as large as a cell."
     ),
     "retrieval": (
         "Cross-modal retrieval\n\nThe right one among 128 random spots of mob:3, 20 galleries, both sides centred over "
@@ -75,6 +76,14 @@ class Report:
         self.model = {"source": source, "weights_sha256": sha, "seen": list(model.seen.slides)}
         same = old.get("model", {}).get("weights_sha256") == sha
         self.parts: dict[str, Any] = old["parts"] if same else {}
+
+    def take(self, folder: Path) -> None:
+        """Take the parts of a run elsewhere, of the same model."""
+        other = json.loads((folder / "default.json").read_text("utf-8"))
+        if other["model"]["weights_sha256"] != self.model["weights_sha256"]:
+            raise SystemExit("that run was of a model with other weights")
+        self.parts |= other["parts"]
+        self.save()
 
     def run(self, name: str, steps: parts.Step) -> None:
         """Go through a part and write after each step."""
@@ -230,17 +239,21 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with cache/ and h5ad/")
     parser.add_argument("--weights", type=Path, help="MobileNetV2 checkpoint of the base row and of STORM from scratch")
     parser.add_argument("--model", type=Path, help="folder of a saved model; the packaged default without")
-    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS))
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--take", nargs="*", type=Path, default=[], help="folders of runs at a time, --out of each")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
-    if options.weights is None and {"expression", "retrieval"} & set(options.parts):
+    chosen = options.parts or ([] if options.take else list(PARTS))
+    if options.weights is None and {"expression", "retrieval"} & {*chosen}:
         parser.error("--weights is needed: the base row is ridge on frozen MobileNetV2 features")
     model = sf.models.load(options.model or "default")
     check_unseen(model)
     report = Report(options.out, model, "folder" if options.model else "packaged", range(options.seeds))
     setting = parts.Setting(rows.Rows(model, options.data), range(options.seeds), options.weights)
-    for name in options.parts:
+    for folder in options.take:
+        report.take(folder)
+    for name in chosen:
         report.run(name, PARTS[name](setting))
 
 
