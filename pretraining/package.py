@@ -11,22 +11,33 @@ import argparse
 import json
 from pathlib import Path
 
+import pandas as pd
+
 import stfm as sf
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGED = ROOT / "src" / "stfm" / "weights" / "packaged" / "default"
 
 
+#: of each part of the benchmark: what tells its scores apart, and which of them the card shows
+SHOWN = {
+    "domains": (("slide",), ("ARI", "NMI")),
+    "expression": (("slide",), ("r", "share")),
+    "retrieval": (("slide", "direction", "k"), ("recall",)),
+    "annotation": (("slide", "labelled"), ("accuracy", "f1")),
+}
+
+
 def results(path: Path) -> dict[str, dict[str, float]]:
-    """Return the scores of the default as ``benchmarks/default.py`` wrote them: part and slide -> metric -> mean."""
+    """Return the scores of the default, zero-shot, from ``benchmarks/default.py``: protocol -> metric -> mean."""
     record = json.loads(path.read_text(encoding="utf-8"))
     found: dict[str, dict[str, float]] = {}
-    for part, rows in record["parts"].items():
-        for row in rows:
-            if not str(row.get("row", "")).startswith("default"):
-                continue
-            values = found.setdefault(f"{part}, {row.get('slide', '')}, {row['row']}", {})
-            values.update({k: round(float(v), 3) for k, v in row.items() if isinstance(v, float)})
+    for part, (apart, shown) in SHOWN.items():
+        scores = pd.DataFrame(record["parts"][part]["scores"])
+        scores = scores[scores["row"] == "default, zero-shot"]
+        for key, group in scores.groupby(list(apart), sort=False):
+            name = ", ".join([part, *map(str, key)])
+            found[name] = {metric: round(float(group[metric].mean()), 3) for metric in shown if metric in group}
     return found
 
 
