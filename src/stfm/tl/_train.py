@@ -83,7 +83,8 @@ def train(
         Name of :func:`stfm.models.list_models`, a configuration, or a model (a copy of it is trained further).
     stage
         Of a model that is pretrained in stages (``storm``, ``storm-multibranch``): ``"mask"``, ``"align"``, or
-        ``"both"`` one after the other, the default.
+        ``"both"`` one after the other, the default. A trained model that goes on with slides of one modality leaves
+        out by itself, with a warning, what needs both.
     config
         Fields of the configuration to change, for example ``{"lambda1": 0.5}``.
     genes
@@ -175,8 +176,11 @@ def train(
         use_frozen_features(one, inputs, device=kind, cache=cache_features)
 
     plan = plan.replace(precision=resolve_precision(plan.precision, kind))
+    stages = _stages(made, stage, plan.tune)
+    if start is not None and stage is None:
+        stages = _possible(made, stages, kept)
     return fit_stages(
-        made, kept, plan, _stages(made, stage, plan.tune), validation=held, prepare=prepare, resume=resume,
+        made, kept, plan, stages, validation=held, prepare=prepare, resume=resume,
         checkpoint_dir=checkpoint_dir, seed=seed, accelerator=kind, devices=devices,
     )  # fmt: skip
 
@@ -205,6 +209,21 @@ def _stages(model: Model, stage: str | None, tune: str) -> tuple[str | None, ...
         msg = f"tune={tune!r} leaves nothing to train in stage {stage!r}; take stage={stages[0]!r}."
         raise InputError(msg)
     return (stage,)
+
+
+def _possible(model: Model, stages: tuple[str | None, ...], slides: Sequence[Slide]) -> tuple[str | None, ...]:
+    """Return the stages by which a trained model can go on with slides that may lack a modality."""
+    lacking = [
+        what
+        for what, there in (("H&E", [s.tiles for s in slides]), ("counts", [s.counts for s in slides]))
+        if all(one is None for one in there)
+    ]
+    left = tuple(stage for stage in stages if stage not in model.paired_stages)
+    if not lacking or not left or left == stages:
+        return stages
+    msg = f"the slides have no {lacking[0]}, so the model goes on with stage={left[0]!r} alone; alignment needs both."
+    warnings.warn(msg, StfmWarning, stacklevel=3)
+    return left
 
 
 def _start(model: Any, init: Model | str | Path | None, config: Mapping[str, Any] | None, genes: Genes) -> Model | None:
