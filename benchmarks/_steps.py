@@ -124,11 +124,21 @@ class Steps:
             loss = self.model.losses(batch)["loss"]
         loss.backward()
 
-    def bare(self) -> None:
-        """Forward and backward of all batches, nothing else."""
-        for batch in self.batches:
-            self.backward(batch)
-            self.model.zero_grad()
+    @property
+    def stride(self) -> int:
+        """Steps that are timed together: one, or all of an epoch on a device, which must not wait after each."""
+        return 1 if self.device == "cpu" else len(self.batches)
+
+    def bare(self) -> np.ndarray:
+        """Seconds (wall, CPU) of forward and backward of the batches, nothing else, ``(batches / stride, 2)``."""
+
+        def passes(batches: list[Batch]) -> None:
+            for batch in batches:
+                self.backward(batch)
+                self.model.zero_grad()
+
+        starts = range(0, len(self.batches), self.stride)
+        return np.array([clock(lambda a=a: passes(self.batches[a : a + self.stride]), self.device) for a in starts])
 
     def optimiser(self) -> float:
         """Seconds of clipping, of the optimiser's step and of letting the gradients go; the least of some steps."""
@@ -150,13 +160,13 @@ class Steps:
         return float(clock(lambda: sum(1 for _ in self.reader.epoch(1)))[0] / len(self.batches))
 
     def epochs(self) -> np.ndarray:
-        """Seconds (wall, CPU) of a step of ``fit``: from the first step of an epoch to that of the next, ``(e, 2)``."""
+        """Seconds (wall, CPU) from a step of ``fit`` to the next, ``(epochs, batches / stride, 2)``."""
         model, stamps, calls = self._new(), [], 0
         plain = model.losses
 
         def losses(batch: Batch) -> dict[str, torch.Tensor]:
             nonlocal calls
-            if calls % len(self.batches) == 0:
+            if calls % self.stride == 0:
                 stamps.append(now(self.device))
             calls += 1
             return plain(batch)
@@ -166,19 +176,20 @@ class Steps:
             model, self.slides, self.recipe, accelerator=self.device,
             prepare=lambda one, made: use_frozen_features(one, made, device=self.device, cache=True),
         )  # fmt: skip
-        return np.diff(np.array(stamps), axis=0) / len(self.batches)
+        n = len(self.batches) // self.stride  # the last epoch is there to end the one before it
+        return np.diff(np.array(stamps)[: EPOCHS * n + 1], axis=0).reshape(EPOCHS, n, 2)
 
 
 def step_share(steps: Steps, runs: int) -> dict[str, Any]:
-    """Bare forward + backward beside a step of ``fit``, in turns; the fastest of each counts."""
+    """Bare forward + backward beside a step of ``fit``, in turns, as often; the fastest time of each batch counts."""
     n = len(steps.batches)
     steps.bare()
     bare, whole = [], []
     for _ in range(runs):
-        bare.append(clock(steps.bare, steps.device) / n)
-        whole.append(steps.epochs().min(axis=0))
-        bare.append(clock(steps.bare, steps.device) / n)
-    found = shares("step", np.min(bare, 0), np.min(whole, 0))
+        bare.append(steps.bare())
+        whole += [*steps.epochs()]
+        bare += [steps.bare() for _ in range(EPOCHS - 1)]
+    found = shares("step", np.min(bare, 0).sum(axis=0) / n, np.min(whole, 0).sum(axis=0) / n)
     optimiser, reading = steps.optimiser(), steps.reading()
     return {
         "batch_size": steps.recipe.batch_size,

@@ -36,7 +36,7 @@ os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "65536")
 import numpy as np
 import torch
 from _common import in_new_process, table, write
-from _steps import Steps, clock, step_share
+from _steps import EPOCHS, Steps, clock, step_share
 from _storm_memory import memory, n_parameters
 
 import stfm as sf
@@ -56,7 +56,7 @@ SIZES = {
     "storm-tiny": (600, 256),
     "storm-small": (600, 128),
     "storm-base": (600, 128),
-    "storm": (600, 8),
+    "storm": (600, 4),
     "storm-multibranch-small": (600, 128),
     "storm-multibranch-base": (64, 8),
     "storm-multibranch": (64, 1),
@@ -211,8 +211,8 @@ def report(result: dict[str, Any], times: list[int]) -> str:
     """Return all tables."""
     measured = [[part, *found.values()] for part, found in result["measured"].items()]
     blocks = [
-        f"{result['threads']} threads; toy tissue, 1,000 genes; the fastest of {result['runs']} turns counts. The load "
-        "of the machine, in processes that want a core, while it was measured:",
+        f"{result['threads']} threads; toy tissue, 1,000 genes; the fastest of {result['runs'] * EPOCHS} times of each "
+        "batch counts. The load of the machine, in processes that want a core, while it was measured:",
         table(["part", "began", "load at the start", "load at the end"], measured),
         f"## A step of `fit` beside forward + backward on batches that lie ready (goal: a share of {GOAL})",
         "A step has all that `tl.train` does: reading (in a thread beside it), Lightning, clipping, optimiser, "

@@ -102,7 +102,8 @@ def tables(result: dict) -> str:
         blocks.append(f"## {title} beside the bare model (goal: a share of {goal:.2f})\n\n{table(head, rows)}")
     memory = [[f"{int(n):,}", mb] for n, mb in result["memory_mb"].items()]
     blocks.append(f"## Growth of the peak memory while embedding\n\n{table(['spots', 'MB'], memory)}")
-    said = f"{result['spots']} spots, {result['threads']} threads, {result['runs']} turns; the fastest of each counts."
+    said = f"{result['spots']} spots, {result['threads']} threads, {result['runs']} turns; the fastest of each counts"
+    said += " (of training, of each batch)."
     return "\n\n".join([said, *blocks])
 
 
