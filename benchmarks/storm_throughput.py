@@ -287,7 +287,12 @@ def main() -> int:
     }
     for part in options.parts:  # written after each, should the next take too long
         began, load = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"), os.getloadavg()[0]
-        result[part] = parts[part]()
+        found = parts[part]()
+        if part != "cuda":  # rows of models that were not asked for stay
+            order = [*SIZES]
+            found += [row for row in result[part] if row["model"] not in names]
+            found.sort(key=lambda row: order.index(row["model"]))
+        result[part] = found
         result["measured"][part] = {"began": began, "load": load, "load_after": os.getloadavg()[0]}
         short = missed(result)
         text = report(result, options.times)
