@@ -273,6 +273,18 @@ def test_wrong_checkpoints_are_refused(tmp_path: Path):
         encoder.load_weights(tmp_path / "code.pt")
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path, value: float):
+    encoder = make("uni")
+    before = encoder.fingerprint()
+    state = {k: v.clone() for k, v in encoder.backbone.state_dict().items()}
+    state["norm.bias"][3] = value
+    torch.save(state, tmp_path / "w.pt")
+    with pytest.raises(DataIntegrityError, match=r"w\.pt holds weights that are NaN or infinite, 'norm.bias' first"):
+        encoder.load_weights(tmp_path / "w.pt")
+    assert encoder.fingerprint() == before
+
+
 @pytest.mark.parametrize("wrapped", ["model", None])
 def test_pytorch_files_open_safely(tmp_path: Path, wrapped: str | None):
     reference = make("gene-mlp")

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 import stfm as sf
 from stfm.errors import DataIntegrityError, MissingKeyError
+from stfm.weights.state import check_finite
 
 STATE = {"a.weight": torch.arange(6.0).reshape(2, 3), "a.bias": torch.ones(2)}
 
@@ -113,6 +114,16 @@ def test_a_damaged_file_is_told_wherever_it_is_damaged(zipped, tmp_path):
             sf.weights.read_state(file)
         except DataIntegrityError as error:
             assert str(file) in str(error)  # noqa: PT017
+
+
+def test_weights_that_are_not_finite_are_told():
+    big = {"a": torch.full((4,), 3e38), "b": torch.full((9,), 6e4, dtype=torch.float16), "n": torch.arange(3)}
+    check_finite({**big, "meta": torch.empty(2, device="meta"), "none": torch.zeros(0)}, "w.pt")
+    for value in (float("nan"), float("inf"), -float("inf")):
+        with pytest.raises(DataIntegrityError, match="w.pt holds weights that are NaN or infinite, 'c' first"):
+            check_finite({**big, "c": torch.tensor([0.0, value]), "d": torch.tensor(value)}, "w.pt")
+    with pytest.raises(DataIntegrityError, match="'e' first"):  # which cancel out
+        check_finite({"e": torch.tensor([float("inf"), -float("inf")], dtype=torch.bfloat16)}, "w.pt")
 
 
 def test_the_room_loads_no_torch():

@@ -88,7 +88,7 @@ class Encoder(nn.Module):
         Raises
         ------
         DataIntegrityError
-            The file is of another architecture; the message names what is missing.
+            The file is of another architecture, or holds NaN or infinity; the message names what is missing or wrong.
         """
         load_strictly(self.backbone, source, name=self.spec.name, gated=self.spec.gated)
         return self

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from stfm._errors import DataIntegrityError
-from stfm.weights.state import read_state, unwrap
+from stfm.weights.state import check_finite, read_state, unwrap
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -23,7 +23,7 @@ SAVED, INSIDE = "model.safetensors", "encoder.backbone."
 def load_strictly(
     backbone: nn.Module, source: str | Path | Mapping[str, Tensor], *, name: str, gated: bool = False
 ) -> None:
-    """Load a checkpoint in a published layout; a key too few, too many or of another shape is refused.
+    """Load a checkpoint in a published layout; a key too few, too many or of another shape is refused, and so is NaN.
 
     Parameters
     ----------
@@ -62,6 +62,7 @@ def load_strictly(
         ]
         msg = f"{where} does not hold weights of encoder {name!r}: {'; '.join(parts)}."
         raise DataIntegrityError(msg)
+    check_finite(state, where)
     backbone.load_state_dict(state, strict=False)
 
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["read_state", "strip_prefix", "unwrap"]
+__all__ = ["check_finite", "read_state", "strip_prefix", "unwrap"]
 
 #: keys under which training code wraps the weights
 _WRAPPERS = ("state_dict", "model", "teacher")
@@ -134,3 +134,33 @@ def strip_prefix(state: Mapping[str, Tensor], prefixes: Iterable[str]) -> dict[s
         if out and all(key.startswith(prefix) for key in out):
             out = {key.removeprefix(prefix): value for key, value in out.items()}
     return out
+
+
+def check_finite(state: Mapping[str, Tensor], where: str) -> None:
+    """Refuse weights that are NaN or infinite.
+
+    Parameters
+    ----------
+    state
+        Name -> tensor; whole numbers, and tensors that hold nothing (on the meta device), are passed over.
+    where
+        What the message calls it.
+
+    Raises
+    ------
+    DataIntegrityError
+        One of them is not finite; the message names the first.
+    """
+    import torch
+
+    for name, tensor in state.items():
+        if tensor.is_meta or not tensor.is_floating_point():
+            continue
+        # A sum is finite only over what is finite, and many times as fast as a look at each value; the look tells
+        # those whose sum alone is too large.
+        if not tensor.sum(dtype=torch.float32).isfinite() and not tensor.double().isfinite().all():
+            msg = (
+                f"{where} holds weights that are NaN or infinite, {name!r} first; "
+                "it is damaged, or its training diverged: give another one."
+            )
+            raise DataIntegrityError(msg)
