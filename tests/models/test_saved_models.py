@@ -67,6 +67,16 @@ def test_a_cut_file_is_refused(saved):
         sf.models.load(folder)
 
 
+def test_weights_that_are_not_finite_are_refused(saved):
+    model, folder = saved
+    name, tensor = next((n, p) for n, p in model.named_parameters() if p.ndim == 1)
+    with torch.no_grad():
+        tensor[-1] = float("nan")
+    model.save(folder)
+    with pytest.raises(DataIntegrityError, match=f"{WEIGHTS_FILE} holds .* NaN or infinite, '{name}' first"):
+        sf.models.load(folder)
+
+
 def test_what_is_no_model_is_refused(saved, tmp_path):
     _, folder = saved
     with pytest.raises(MissingKeyError, match="no saved model"):

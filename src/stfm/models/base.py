@@ -21,6 +21,7 @@ from stfm.models._card import About, licences, model_card
 from stfm.models._half import DTYPES, stored
 from stfm.models._slots import check_saveable, published_inside
 from stfm.slide.genes import Vocabulary
+from stfm.weights.state import check_finite
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -357,7 +358,7 @@ class Model(nn.Module, ABC):
         return model.eval()
 
     def load_weights(self, path: str | Path) -> None:
-        """Fill the model from a safetensors file whose names and shapes must all agree."""
+        """Fill the model from a safetensors file whose names and shapes must agree and whose numbers must be finite."""
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
@@ -379,6 +380,7 @@ class Model(nn.Module, ABC):
                 f"in name or shape, {sorted(wrong)[0]!r} first. Load it with the configuration that it was saved with."
             )
             raise DataIntegrityError(msg)
+        check_finite(state, str(path))
         self.load_state_dict(state)
 
     def resize_buffers(self, state: dict[str, Tensor]) -> None:
