@@ -41,12 +41,12 @@ def fetch(name: _Name) -> None:
 def verify(
     name: Annotated[str | None, typer.Argument(help="Name of weights; all where it is left out.")] = None,
 ) -> None:
-    """Compare the weights that are here with their sha256; exit status 1 if one is damaged."""
+    """Compare the weights that are here with their sha256; exit status 1 if one is damaged, or NAME is not here."""
     from stfm import weights
 
     found = weights.verify(name)
     _print(found)
-    if (found["state"] == "damaged").any():
+    if found["state"].isin(["damaged"] if name is None else ["damaged", "absent"]).any():
         raise typer.Exit(1)
 
 
