@@ -139,6 +139,27 @@ def test_float_tiles_are_uint8_over_255(name: str):
         torch.testing.assert_close(encoder(x.float() / 255), encoder(x))
 
 
+@pytest.mark.parametrize("grad", [True, False])
+def test_float_tiles_in_0_to_255_are_refused(grad: bool):
+    encoder, tiles = make("cnn-tiny").eval(), example("cnn-tiny")
+    own = build_encoder(torch.nn.Flatten(), options={"input_px": 28, "mean": (0.5,) * 3, "std": (0.5,) * 3})
+    with torch.set_grad_enabled(grad):
+        for one in (encoder, own):
+            for given in (tiles.float(), tiles.half()):
+                with pytest.raises(InputError, match=r"must lie in 0\.\.1, and these reach 255; give uint8 tiles"):
+                    one(given)
+            with pytest.raises(InputError, match="divide them by 255"):
+                one.prepare(tiles.float())
+            one(1.2 * tiles / 255)  # what augmentation may come to
+            one(tiles[:0] / 255)
+
+
+def test_a_compiled_encoder_does_not_look_at_values():
+    encoder, tiles = make("cnn-tiny").eval(), example("cnn-tiny") / 255
+    compiled = torch.compile(encoder, backend="eager", fullgraph=True)  # which refuses a graph that breaks
+    torch.testing.assert_close(compiled(tiles), encoder(tiles))
+
+
 def test_other_sizes_are_resized():
     encoder = make("uni").eval()
     assert encoder(torch.full((1, 3, 40, 40), 200, dtype=torch.uint8)).shape == (1, 32)

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Encoder", "GeneEncoder", "ImageEncoder"]
 
+#: what float tiles reach at most; above 1, since augmentation may pass white a little
+_BRIGHTEST = 2.0
+
 
 class Encoder(nn.Module):
     """A backbone in one of three modes.
@@ -165,6 +168,11 @@ class ImageEncoder(Encoder):
         mpp
             µm/px of the tiles, of all or of each ``(b,)``. Tiles at another scale than the encoder's are treated as
             :meth:`set_on_mpp` says (:func:`stfm.encoders.fit_scale`); None: nothing is known of the scale.
+
+        Raises
+        ------
+        InputError
+            Tiles of another shape, float tiles in 0..255, or a scale that cannot be used.
         """
         if not isinstance(mpp, torch.Tensor):
             return self._encode(tiles, mpp)
@@ -207,7 +215,15 @@ class ImageEncoder(Encoder):
             msg = f"tiles must be (b, 3, h, w), got {tuple(tiles.shape)}."
             raise InputError(msg)
         x = tiles.to(self.mean.dtype)
-        return x if tiles.is_floating_point() else x / 255.0
+        if not tiles.is_floating_point():
+            return x / 255.0
+        if _may_look(tiles) and tiles.amax() > _BRIGHTEST:
+            msg = (
+                f"float tiles must lie in 0..1, and these reach {float(tiles.amax()):g}; "
+                "give uint8 tiles, or divide them by 255."
+            )
+            raise InputError(msg)
+        return x
 
 
 class GeneEncoder(Encoder):
@@ -263,3 +279,14 @@ class GeneEncoder(Encoder):
         if bind is not None:
             bind(vocabulary)
         return self
+
+
+def _may_look(tiles: Tensor) -> bool:
+    """Return whether the values of tiles may be looked at here.
+
+    A look makes the host wait for the device, which training on one must not; a compiled or traced graph would break
+    at it; and on the meta device there are no values.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or tiles.is_meta or not tiles.numel():
+        return False
+    return tiles.device.type == "cpu" or not torch.is_grad_enabled()
