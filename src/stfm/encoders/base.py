@@ -284,9 +284,9 @@ class GeneEncoder(Encoder):
 def _may_look(tiles: Tensor) -> bool:
     """Return whether the values of tiles may be looked at here.
 
-    A look makes the host wait for the device, which training on one must not; a compiled or traced graph would break
-    at it; and on the meta device there are no values.
+    A look makes the host wait for the device, which training on one must not; a compiled graph would break at it;
+    and on the meta device there are no values.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or tiles.is_meta or not tiles.numel():
+    if torch.compiler.is_compiling() or tiles.is_meta or not tiles.numel():
         return False
     return tiles.device.type == "cpu" or not torch.is_grad_enabled()
