@@ -511,6 +511,57 @@ def test_wrong_names_and_options():
         build_encoder(3)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "match"),
+    [
+        ("uni", {"depth": 0}, "Encoder 'uni': depth must be at least 1, got 0"),
+        ("uni", {"heads": 0}, "Encoder 'uni': heads must be at least 1"),
+        ("uni", {"heads": 5}, "width of heads: 224, 16, 32, 5"),
+        ("uni", {"hidden": 0}, "Encoder 'uni': hidden must be at least 1"),
+        ("uni", {"registers": -1}, "Encoder 'uni': registers must be at least 0"),
+        ("uni", {"pooling": "stages", "stages": 1}, "stages must be positions of the 2 stages"),
+        ("uni", {"pooling": "stages", "stages": [0.5]}, "stages must be positions of the 2 stages"),
+        ("uni", {"input_px": 224.5}, "Encoder 'uni': input_px must be an integer, got float"),
+        ("gigapath", {"input_px": 448}, "Encoder 'gigapath': resize_px must be at least 448, got 256"),
+        ("uni", {"mpp": 0.0}, "Encoder 'uni': mpp must be a finite number greater than 0"),
+        ("ctranspath", {"heads": [1, 3, 2, 4]}, r"heads must divide .* \[16, 32, 64, 128\], got \[1, 3, 2, 4\]"),
+        ("ctranspath", {"window": 0}, "Encoder 'ctranspath': window must be at least 1"),
+        ("ctranspath", {"depths": 2}, "Encoder 'ctranspath': depths must be a list of whole numbers"),
+        ("resnet50", {"widths": [0, 8, 8, 8]}, "Encoder 'resnet50': widths must be at least 1, got 0"),
+        ("densenet121", {"depths": []}, "Encoder 'densenet121': depths must be a list of whole numbers"),
+        ("densenet121", {"growth": 0}, "Encoder 'densenet121': growth must be at least 1"),
+        ("mobilenetv2", {"stages": []}, "stages must be positions of the 8 stages"),
+        ("cnn-tiny", {"widths": [8, 4.5]}, r"Encoder 'cnn-tiny': widths must be an integer, got float \(4.5\)"),
+        ("clip", {"patch": 0}, "Encoder 'clip': patch must be at least 1"),
+        ("clip", {"patch": 33}, "image_px must be a multiple of patch, got 224 and 33"),
+        ("conch", {"pooler_heads": 0}, "Encoder 'conch': pooler_heads must be at least 1"),
+        ("ae-gene", {"depth": 0}, "Encoder 'ae-gene': depth must be at least 1"),
+        ("ae-gene", {"n_tokens": 0}, "Encoder 'ae-gene': n_tokens must be at least 1"),
+        ("scgpt", {"heads": 5}, "width must be a multiple of heads, got 32 and 5"),
+        ("scgpt", {"n_bins": 1}, "Encoder 'scgpt': n_bins must be at least 2"),
+        ("scfoundation", {"max_genes": 0}, "Encoder 'scfoundation': max_genes must be at least 1"),
+        ("novae", {"n_rows": 0}, "Encoder 'novae': n_rows must be at least 1"),
+        ("novae", {"heads": 5}, "must be a multiple of heads, got 16 and 5"),
+        ("gene-mlp", {"hidden": [0]}, "Encoder 'gene-mlp': hidden must be at least 1"),
+        ("gene-groups", {"n_groups": -3}, "Encoder 'gene-groups': n_groups must be at least 1, got -3"),
+        ("pca", {"width": 0}, "Encoder 'pca': width must be at least 1"),
+    ],
+)
+def test_sizes_that_no_network_has_are_refused(name: str, options: dict, match: str):
+    with pytest.raises((InputError, WrongTypeError), match=match):
+        build_encoder(name, n_genes=G, options={**SHORT.get(name, {}), **options})
+
+
+def test_counts_that_may_be_none_or_zero():
+    assert make("novae").backbone.encoder.mlp_fusion is not None
+    without = build_encoder("novae", n_genes=G, options={**SHORT["novae"], "histology": 0, "n_rows": None})
+    assert without.backbone.encoder.mlp_fusion is None
+    linear = build_encoder("gene-mlp", n_genes=G, options={"hidden": (), "dropout": 0.0})
+    assert len(linear.backbone.layers) == 1
+    with pytest.raises(InputError, match="n_genes must be at least 1"):
+        build_encoder("gene-mlp", n_genes=0)
+
+
 def test_wrong_shapes():
     with pytest.raises(InputError, match=r"tiles must be \(b, 3, h, w\)"):
         make("cnn-tiny")(torch.zeros(2, 28, 28, 3))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, cast
 
 from stfm._errors import InputError, WrongTypeError
-from stfm._validate import did_you_mean
+from stfm._validate import check_count, did_you_mean
 from stfm.encoders.base import Encoder, ImageEncoder
 from stfm.encoders.registry import ENCODERS, custom_spec
 from stfm.encoders.spec import INPUT_FIELDS, EncoderSpec
@@ -20,6 +21,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = ["build_encoder"]
+
+#: counts whose default says nothing of them
+_COUNTS = ("hidden", "max_genes", "n_rows")
+#: the least of those that are not 1
+_LEAST = {"registers": 0, "histology": 0, "n_bins": 2, "max_length": 2, "n_ids": 4}
 
 
 def build_encoder(
@@ -65,7 +71,7 @@ def build_encoder(
     MissingKeyError
         No such encoder.
     InputError
-        An option that the family does not have, or ``n_genes`` missing.
+        An option that the family does not have, a size or count that no network has, or ``n_genes`` missing.
     MissingDependencyError
         ``"timm:<model>"`` without timm.
     """
@@ -86,6 +92,7 @@ def build_encoder(
         if n_genes is None:
             msg = f"Gene encoder {spec.name!r} needs n_genes, the length of the vocabulary."
             raise InputError(msg)
+        check_count("n_genes", n_genes)
         arguments["n_genes"] = n_genes
     if callable(name):
         arguments["function"] = name
@@ -113,7 +120,28 @@ def _settled(
             raise InputError(msg)
     changed: dict[str, Any] = {name: value for name, value in options.items() if name in fields}
     arguments = {**spec.options, **{name: value for name, value in options.items() if name not in fields}}
+    if spec.factory.startswith("stfm."):  # what the options of others mean, they know
+        _check_counts(spec.name, arguments, parameters)
     return replace(spec, **changed, options=arguments), dict(arguments)
+
+
+def _check_counts(name: str, arguments: Mapping[str, Any], parameters: Mapping[str, inspect.Parameter]) -> None:
+    """Refuse sizes and counts that no network has; which of them must divide another, the families check.
+
+    What is counted has a whole number for its default, or several of them, a stage each.
+    """
+    for option, value in arguments.items():
+        default = parameters[option].default if option in parameters else None
+        what = f"Encoder {name!r}: {option}"
+        if isinstance(default, tuple):
+            several = isinstance(value, Sequence) and not isinstance(value, str)
+            if not several or not (len(value) or option == "hidden"):
+                msg = f"{what} must be a list of whole numbers, one a stage; got {value!r}."
+                raise InputError(msg)
+        elif type(default) is not int and (option not in _COUNTS or value is None):
+            continue
+        for one in value if isinstance(default, tuple) else [value]:
+            check_count(what, one, minimum=_LEAST.get(option, 1))
 
 
 def _place(spec: EncoderSpec, weights: str | Path | Mapping[str, Tensor]) -> str | Path | Mapping[str, Tensor]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from stfm._errors import InputError
-from stfm._validate import check_choice
+from stfm._validate import check_choice, check_count, check_positive
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -99,11 +99,11 @@ class EncoderSpec:
                 msg = f"Encoder {self.name!r}: {name} must be 3 {'positive ' * (name == 'std')}numbers, got {values}."
                 raise InputError(msg)
             object.__setattr__(self, name, values)
-        for name in ("input_px", "resize_px", "mpp"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                msg = f"Encoder {self.name!r}: {name} must be positive or None, got {value}."
-                raise InputError(msg)
+        for name, check in (("input_px", check_count), ("resize_px", check_count), ("mpp", check_positive)):
+            if getattr(self, name) is not None:
+                check(f"Encoder {self.name!r}: {name}", getattr(self, name))
+        if self.input_px is not None and self.resize_px is not None:
+            check_count(f"Encoder {self.name!r}: resize_px", self.resize_px, minimum=self.input_px)
 
     @property
     def remote(self) -> str:

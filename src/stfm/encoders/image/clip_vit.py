@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from stfm._errors import InputError
 from stfm.encoders.base import ImageEncoder
 from stfm.encoders.image.layouts import CLIP_LAYOUTS
 from stfm.encoders.image.pooling import Pooling
@@ -78,6 +79,9 @@ class ClipVision(nn.Module):
         stages: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
+        if image_px % patch:
+            msg = f"image_px must be a multiple of patch, got {image_px} and {patch}."
+            raise InputError(msg)
         self.pool = Pooling(pooling, widths=[width] * depth, own=out_width, cls=True, stages=stages)
         n_tokens = (image_px // patch) ** 2 + 1
         self.conv1 = nn.Conv2d(3, width, patch, patch, bias=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,8 +10,6 @@ import torch
 from stfm._errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from torch import Tensor
 
 __all__ = ["POOLINGS", "Pooling"]
@@ -124,8 +123,7 @@ def _positions(stages: Sequence[int] | None, n: int) -> tuple[int, ...]:
     if stages is None:
         every = range(n)
         return tuple(every) if n <= 2 * _QUARTERS else tuple((i + 1) * n // _QUARTERS - 1 for i in range(_QUARTERS))
-    wrong = [s for s in stages if not -n <= s < n]
-    if wrong or not stages:
-        msg = f"stages must be positions of the {n} stages of this encoder (-{n}..{n - 1}), got {list(stages)}."
+    if not isinstance(stages, Sequence) or not stages or any(s not in range(-n, n) for s in stages):
+        msg = f"stages must be positions of the {n} stages of this encoder (-{n}..{n - 1}), got {stages!r}."
         raise InputError(msg)
-    return tuple(sorted({s % n for s in stages}))
+    return tuple(sorted({int(s) % n for s in stages}))

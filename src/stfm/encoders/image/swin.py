@@ -157,7 +157,11 @@ class Swin(nn.Module):
                 f"{list(depths)}, {list(heads)}, {width}, {image_px}."
             )
             raise InputError(msg)
-        self.pool = Pooling(pooling, widths=[width * 2**i for i in range(n)], stages=stages)
+        widths = [width * 2**i for i in range(n)]
+        if any(one % many for one, many in zip(widths, heads, strict=True)):
+            msg = f"heads must divide the widths of their stages, {widths}, got {list(heads)}."
+            raise InputError(msg)
+        self.pool = Pooling(pooling, widths=widths, stages=stages)
         self.patch_embed = ConvStem(width)
         self.layers = nn.ModuleList(
             Stage(width * 2**i, depths[i], heads[i], window, image_px // 2 ** (i + 2), first=i == 0) for i in range(n)
