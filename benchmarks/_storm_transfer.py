@@ -4,15 +4,17 @@ The cells of a toy tissue are measured four times: one by one, under Visium spot
 molecule is counted twice, and each platform catches every gene with an efficiency of its own. A model is trained on one
 platform and embeds another. For every query of the target, the gallery holds the spot of the source at the same place
 and others drawn at random; recall@k is the share of queries for which the right one is among the k nearest by cosine.
-Chance is k over the size of the gallery.
+Chance is k over the size of the gallery. Real slides, read from ``data``, stand below (``_storm_transfer_real``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import _domains as simple
+import _storm_transfer_real as real
 import numpy as np
 import pandas as pd
 from _common import table as markdown
@@ -130,9 +132,11 @@ def embeddings(platforms: dict[str, Any], source: str, seed: int) -> dict[str, d
     return {row: {name: x - x.mean(axis=0) for name, x in found.items()} for row, found in made.items()}
 
 
-def transfer_table(seeds: Sequence[int], save: Save) -> pd.DataFrame:
-    """Score every row on every pair of platforms; a seed is another tissue. Saved after each seed."""
+def transfer_table(seeds: Sequence[int], save: Save, *, data: Path | None = None) -> pd.DataFrame:
+    """Score every row on every pair of platforms; a seed is another toy tissue. Saved after each seed."""
     lines: list[dict[str, Any]] = []
+    if data is not None:
+        lines += real.scored(data, seeds, recall, QUERIES)
     for seed in seeds:
         platforms = measure(seed)
         made: dict[str, Any] = {}

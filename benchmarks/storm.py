@@ -7,7 +7,7 @@ scored and no more.
     python benchmarks/storm.py expression --data DATA --weights mobilenet_v2_float.safetensors [--seeds 3]
     python benchmarks/storm.py ablations  --data DATA --weights ...
     python benchmarks/storm.py domains    --data DATA [--seeds 5]
-    python benchmarks/storm.py transfer
+    python benchmarks/storm.py transfer   [--data DATA]   (with data, real slides beside toy tissue)
 """
 
 from __future__ import annotations
@@ -229,7 +229,8 @@ def main() -> None:
             options.data, range(options.seeds or 5), partial(report, "domains", options.out, domains.show)
         )
     elif options.table == "transfer":
-        transfer.transfer_table(range(options.seeds or 3), partial(report, "transfer", options.out, transfer.show))
+        save = partial(report, "transfer", options.out, transfer.show)
+        transfer.transfer_table(range(options.seeds or 3), save, data=options.data)
     else:
         ablations = options.table == "ablations"
         rows: Mapping[str, Any] = ablation_rows(options.weights) if ablations else storm_rows(options.weights)

@@ -518,7 +518,7 @@ class TestPublishedLayout:
         assert shapes["encoder.blocks.0.attn.qkv.weight"] == (96, 32)
         assert "encoder.blocks.1.mlp_expr.fc2.bias" in shapes
         assert "encoder.blocks.2.mlp.fc2.bias" in shapes
-        n_fitted = 4 * N_GENES + 6
+        n_fitted = 5 * N_GENES + 6
         assert (
             sum(int(np.prod(s)) for s in shapes.values())
             == sum(t.numel() for t in model.state_dict().values()) - n_fitted

@@ -74,8 +74,19 @@ def predict_slides(
     return tables
 
 
-def genes_written(model: Model, genes: Sequence[str] | None) -> tuple[list[str], NDArray[np.int64]]:
-    """Return names and positions of genes in a model's vocabulary; all that it has learned where none are named.
+def genes_written(
+    model: Model, genes: Sequence[str] | None, *, from_image: bool = False
+) -> tuple[list[str], NDArray[np.int64]]:
+    """Return names and positions of genes in a model's vocabulary.
+
+    Parameters
+    ----------
+    model
+        A model that writes expression.
+    genes
+        Names; None takes all that it has learned.
+    from_image
+        Whether they will be predicted from H&E alone: then None takes those that training had beside H&E.
 
     Raises
     ------
@@ -88,7 +99,8 @@ def genes_written(model: Model, genes: Sequence[str] | None) -> tuple[list[str],
         raise InputError(msg)
     names = [str(name) for name in model.vocabulary.names]
     if genes is None:
-        chosen = np.flatnonzero(learned)
+        paired = model.paired_genes()
+        chosen = np.flatnonzero(paired if from_image and paired.any() else learned)
         return [names[i] for i in chosen], chosen
     place = {name.upper(): i for i, name in enumerate(names)}
     if isinstance(genes, str):

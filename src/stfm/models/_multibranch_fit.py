@@ -12,7 +12,6 @@ from stfm.models._slots import sample_spots
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from numpy.typing import NDArray
     from torch import Tensor
 
     from stfm.models.base import Model
@@ -22,15 +21,6 @@ _FIT_TILES = 64  # tiles a slide from which the scale of the pixels is taken
 _SMALLEST = 0.02  # deviation of a channel from 0 to 1: less is an empty slide
 _MAX_SPOTS = 4000  # spots of all slides together that errors are measured on
 _BATCH = 128
-
-
-def genes_measured(slides: Sequence[SlideInputs], n_genes: int) -> NDArray[np.bool_]:
-    """Return which genes of the vocabulary some slide has measured, bool ``(G,)``."""
-    found = np.zeros(n_genes, dtype=bool)
-    for slide in slides:
-        if slide.has_gene:
-            found |= slide.measured_genes
-    return found
 
 
 def colour_scale(slides: Sequence[SlideInputs]) -> tuple[Tensor, Tensor] | None:

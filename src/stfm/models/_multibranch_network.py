@@ -39,6 +39,7 @@ class TissueNetwork(Model):
     config_class: ClassVar[type[Any]] = StormMultiBranchConfig
     config: StormMultiBranchConfig
     learned: Tensor
+    paired: Tensor
     residual: Tensor
     pixel_mean: Tensor
     pixel_scale: Tensor
@@ -74,6 +75,7 @@ class TissueNetwork(Model):
         self.gene_decoder = Decoder(config, cells * cells * config.gene_width, len(vocabulary))
         self.image_decoder = Decoder(config, patch)
         self.register_buffer("learned", torch.zeros(len(vocabulary), dtype=torch.bool))
+        self.register_buffer("paired", torch.zeros(len(vocabulary), dtype=torch.bool))
         self.register_buffer("residual", torch.ones(len(vocabulary)))
         self.register_buffer("pixel_mean", torch.zeros(3))
         self.register_buffer("pixel_scale", torch.ones(3))

@@ -185,6 +185,15 @@ def sample_spots(slides: Sequence[SlideInputs], most: int) -> Iterator[tuple[Sli
         yield slide, np.sort(rng.choice(slide.n_obs, size=size, replace=False)).astype(np.int64)
 
 
+def genes_measured(slides: Sequence[SlideInputs], n_genes: int, *, paired: bool = False) -> Tensor:
+    """Return which genes of the vocabulary some slide has measured, of ``paired`` one that has H&E too, ``(G,)``."""
+    found = np.zeros(n_genes, dtype=bool)
+    for slide in slides:
+        if slide.has_gene and (slide.has_image or not paired):
+            found |= slide.measured_genes
+    return torch.from_numpy(found)
+
+
 def fit_gene_encoder(encoder: GeneEncoder, slides: Sequence[SlideInputs], *, niche: bool) -> None:
     """Fit scales and components on the spots (or niches) of the training slides, evenly sampled.
 

@@ -29,7 +29,8 @@ __all__ = ["expected_shapes", "read_published"]
 _EXPERTS = {"0": "_rgb", "1": "_expr"}
 _LAYERS = {"0": "fc1", "3": "fc2"}
 _DECODERS = {"gene_decoder": "decoder_expr", "image_decoder": "decoder_rgb"}
-_FITTED = ("learned", "residual", "pixel_mean", "pixel_scale", "expression.scaler.mean", "expression.scaler.scale")
+_GENES = ("learned", "paired")
+_FITTED = (*_GENES, "residual", "pixel_mean", "pixel_scale", "expression.scaler.mean", "expression.scaler.scale")
 _SHOWN = 3
 _START = {
     "image_patch.": ("encoder.patch_embed_rgb.proj.", "patches"),
@@ -66,7 +67,7 @@ def read_published(model: TissueNetwork, path: str | Path, *, names: Mapping[str
     out: dict[str, Tensor] = {}
     for name, own in model.state_dict().items():
         if name in _FITTED:
-            out[name] = torch.ones_like(own) if name == "learned" else own
+            out[name] = torch.ones_like(own) if name in _GENES else own
             continue
         public, kind = _public(name, model)
         out[name] = _converted(state[public], kind).to(own.dtype)

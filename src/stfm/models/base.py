@@ -182,6 +182,14 @@ class Model(nn.Module, ABC):
         """Return which genes of the vocabulary :meth:`predict` has learned to write, bool ``(G,)``; none by default."""
         return np.zeros(0 if self.vocabulary is None else len(self.vocabulary), dtype=bool)
 
+    def paired_genes(self) -> NDArray[np.bool_]:
+        """Return which genes a training slide with H&E had measured, bool ``(G,)``.
+
+        The others that :meth:`written_genes` tells are known from counts alone: H&E says of them what their embedding
+        shares with that of the others, which is an extrapolation.
+        """
+        return self.written_genes()
+
     def layers(self) -> list[list[nn.Module]]:
         """Return the parts from input to output, for learning rates that fall with depth; none by default."""
         return []

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from stfm._errors import InputError
 from stfm._validate import check_choice
-from stfm.models._slots import build_gene, build_image, check_batch, fit_gene_encoder
+from stfm.models._slots import build_gene, build_image, check_batch, fit_gene_encoder, genes_measured
 from stfm.models._storm_calibrate import fit_calibration, fit_expected_variance
 from stfm.models._storm_field import LatentField, fit_field, read_latent
 from stfm.models._storm_fit import fit_image_scale, fit_table, fit_window_regression, keep_scaled_features, learn_genes
@@ -113,6 +113,7 @@ class STORM(Model):
     calibration: Tensor
     expected_variance: Tensor
     trained_on: Tensor
+    paired: Tensor
 
     def __init__(self, config: STORMConfig, vocabulary: Vocabulary | None, *, pretrained: bool = True) -> None:
         super().__init__(config, vocabulary, pretrained=pretrained)
@@ -142,6 +143,7 @@ class STORM(Model):
         self.register_buffer("typical_total", torch.full((), 1e4))
         # Bits: 1 H&E, 2 counts were there in training; 0 before any.
         self.register_buffer("trained_on", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("paired", torch.zeros(n_genes, dtype=torch.bool))
         self.register_buffer("calibration", torch.ones(n_genes))
         # Of latent expression around what H&E and neighbours tell of it; 1 is that of the table itself.
         self.register_buffer("expected_variance", torch.ones(config.gene_width))
@@ -409,6 +411,10 @@ class STORM(Model):
         """Return which genes were measured on a training slide, bool ``(G,)``."""
         return self.table.known.cpu().numpy()
 
+    def paired_genes(self) -> NDArray[np.bool_]:
+        """Return which genes were measured on a training slide with H&E, bool ``(G,)``."""
+        return self.paired.cpu().numpy()
+
     def fit_inputs(self, slides: Sequence[SlideInputs]) -> None:
         """Start from the training slides: gene table, scale of image features, regression on windows."""
         with_counts = self._note(slides)
@@ -430,9 +436,10 @@ class STORM(Model):
         self._fit_regression(with_counts)
 
     def _note(self, slides: Sequence[SlideInputs]) -> list[SlideInputs]:
-        """Remember which modalities training had; return the slides with counts."""
+        """Remember which modalities training had, and of which genes both; return the slides with counts."""
         with_counts = [slide for slide in slides if slide.has_gene]
         self.trained_on |= int(any(slide.has_image for slide in slides)) + 2 * bool(with_counts)
+        self.paired |= genes_measured(slides, len(self.paired), paired=True).to(self.paired.device)
         return with_counts
 
     def _fit_regression(self, slides: Sequence[SlideInputs]) -> None:

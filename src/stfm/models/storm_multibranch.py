@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from stfm._errors import InputError
 from stfm._validate import check_choice
-from stfm.models._multibranch_fit import colour_scale, genes_measured, squared_errors
+from stfm.models._multibranch_fit import colour_scale, squared_errors
 from stfm.models._multibranch_network import TissueNetwork
 from stfm.models._multibranch_parts import Tissue, mean_where
-from stfm.models._slots import check_batch, fit_gene_encoder
+from stfm.models._slots import check_batch, fit_gene_encoder, genes_measured
 from stfm.models.base import Embedding, Prediction, TunedParts
 from stfm.models.inputs import InputSpec
 from stfm.models.storm_multibranch_config import STAGES, StormMultiBranchConfig
@@ -360,13 +360,18 @@ class StormMultiBranch(TissueNetwork):
         """Return which genes were measured on a training slide, bool ``(G,)``."""
         return self.learned.cpu().numpy()
 
+    def paired_genes(self) -> NDArray[np.bool_]:
+        """Return which genes were measured on a training slide with H&E, bool ``(G,)``."""
+        return self.paired.cpu().numpy()
+
     def layers(self) -> list[list[nn.Module]]:
         """Return the parts from input to output, for learning rates that fall with depth."""
         return [[self.image_patch, self.expression, self.position], *([block] for block in self.encoder.blocks)]
 
     def fit_inputs(self, slides: Sequence[SlideInputs]) -> None:
         """Take the scale of genes (and of pixels, if asked for) from the training slides; note their genes."""
-        self.learned |= torch.from_numpy(genes_measured(slides, len(self.learned))).to(self.learned.device)
+        for known, paired in ((self.learned, False), (self.paired, True)):
+            known |= genes_measured(slides, len(known), paired=paired).to(known.device)
         fit_gene_encoder(self.expression, slides, niche=False)  # type: ignore[arg-type]
         scale = colour_scale(slides) if self.config.pixels == "standard" else None
         if scale is not None:

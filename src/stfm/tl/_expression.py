@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from stfm._errors import InputError, WrongTypeError
+from stfm._errors import InputError, StfmWarning, WrongTypeError
 from stfm._keys import PREDICTED, SPATIAL, deviation_key
 from stfm._provenance import record
 from stfm._validate import check_choice, check_key
@@ -83,7 +84,8 @@ def predict_expression(
         its weights (``"default"``).
     genes
         Genes to predict: names, or a gene set of the protocols, ``"hvg250"`` (the 250 of highest variance on the
-        reference; the default), ``"hvg50"``, ``"hmg250"``. With ``model``: some of its genes.
+        reference; the default), ``"hvg50"``, ``"hmg250"``. With ``model``: some of its genes; by default all, or
+        of a model that writes expression those that training had beside H&E.
     measured_key
         Column of ``obs``, True for the spots whose counts may be used for the others (in-context prediction); only of a
         model that writes expression.
@@ -136,7 +138,8 @@ def predict_expression(
     of a model that writes expression ``obsm[key_added + "_sd"]`` (the same shape: the deviation expected of a measured
     value, of the size of the errors on the slides that training held out, or without any on left-out sections), and
     ``uns[key_added]`` (scale, how the predictor was fitted, what it saw; ``libraries`` and, a bool for each of them,
-    ``seen_in_training`` and ``patient_seen_in_training``).
+    ``seen_in_training`` and ``patient_seen_in_training``; of a model that writes expression ``extrapolated``, the genes
+    that no training slide had beside H&E).
 
     Raises
     ------
@@ -150,7 +153,8 @@ def predict_expression(
     -----
     StfmWarning
         ``adata`` has counts, and a slide or patient of it was among those that the predictor, or the model behind its
-        features, was fitted on: a correlation with these counts is no test.
+        features, was fitted on: a correlation with these counts is no test. A gene that was asked for by name was
+        measured on no training slide with H&E. The H&E is too coarse for what the model reads.
 
     Examples
     --------
@@ -239,12 +243,25 @@ def _by_model(
     )
     _need_images(written.slides)
     seen = _told(adata, written.slides, model.seen, stacklevel=4)
+    _warn_extrapolated(written.extrapolated, len(written.genes), stacklevel=4)
     result = target(adata, copy=copy)
     result.obsm[key_added] = _frame(written.mean, result, written.genes)
     result.obsm[deviation_key(key_added)] = _frame(written.deviation, result, written.genes)
     used = 0 if measured is None else int(measured.sum())
-    result.uns[key_added] = describe_written(model, source, written, seen, n_measured=used)
+    result.uns[key_added] = describe_written(
+        model, source, written, seen, n_measured=used, extrapolated=written.extrapolated
+    )
     return result if copy else None
+
+
+def _warn_extrapolated(genes: Sequence[str], n_asked: int, *, stacklevel: int) -> None:
+    if genes:
+        named = ", ".join(map(repr, genes[:3])) + (", ..." if len(genes) > 3 else "")
+        msg = (
+            f"{len(genes)} of {n_asked} genes ({named}) were measured on no training slide with H&E: their prediction "
+            "is an extrapolation by their embeddings; uns lists them under 'extrapolated'."
+        )
+        warnings.warn(msg, StfmWarning, stacklevel=stacklevel + 1)
 
 
 def fit_expression(

@@ -26,9 +26,13 @@ SCALE = "log1p(1e4 * counts / sum of counts)"
 
 
 class Written(NamedTuple):
-    """Genes, and of every spot in the order of the object expected expression and its deviation."""
+    """Genes, and of every spot in the order of the object expected expression and its deviation.
+
+    ``extrapolated`` are those of the genes that H&E tells of through their embedding alone.
+    """
 
     genes: list[str]
+    extrapolated: list[str]
     mean: NDArray[np.float32]
     deviation: NDArray[np.float32]
     slides: list[Slide]
@@ -68,7 +72,7 @@ def write_expression(
     reading
         Arguments of :func:`~stfm.slide.read.as_slides`.
     """
-    names, chosen = genes_written(model, genes)
+    names, chosen = genes_written(model, genes, from_image=not use_counts)
     modalities = ("image", "gene") if use_counts else ("image",)
     slides = as_slides(adata, modalities=modalities, **reading)
     per_slide = None if measured is None else [measured[slide.rows] for slide in slides]
@@ -79,7 +83,8 @@ def write_expression(
     deviation = mean.copy()
     for slide, (expected, spread) in zip(slides, tables, strict=True):
         mean[slide.rows], deviation[slide.rows] = expected, spread
-    return Written(names, mean, deviation, slides)
+    far = [] if use_counts else [names[i] for i in np.flatnonzero(~model.paired_genes()[chosen])]
+    return Written(names, far, mean, deviation, slides)
 
 
 def measured_spots(adata: AnnData, key: str | None) -> NDArray[np.bool_] | None:
