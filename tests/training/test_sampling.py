@@ -32,6 +32,27 @@ def test_every_spot_once_an_epoch(sizes, batch_size, mixed, epoch):
         assert all(len(picks) == 1 for picks in batches)
 
 
+@given(sizes, st.integers(1, 40), st.booleans(), st.integers(0, 3))
+def test_slides_have_equal_shares_of_a_balanced_epoch(sizes, batch_size, mixed, epoch):
+    sampler = SpotSampler([*sizes, 0], batch_size, mixed=mixed, balanced=True)
+    batches = sampler.batches(epoch)
+    assert len(batches) == len(sampler)
+    for picks in batches:
+        assert all(len(set(pick.indices)) == len(pick.indices) for pick in picks)
+        assert mixed or len(picks) == 1
+    share = round(sum(sizes) / len(sizes))
+    for slide, size in enumerate(sizes):
+        spots = [spot for number, spot in flat(batches) if number == slide]
+        assert len(spots) <= share
+        assert len(set(spots)) == min(size, share)
+
+
+def test_a_small_slide_is_met_as_often_as_a_large_one():
+    batches = SpotSampler([2000, 100], 50, mixed=False, balanced=True).batches(0)
+    met = [picks[0].slide for picks in batches]
+    assert met.count(0) == met.count(1) == 21
+
+
 @given(sizes, st.integers(1, 10), st.integers(1, 4))
 def test_devices_share_the_batches(sizes, batch_size, world):
     if len(SpotSampler(sizes, batch_size)) < world:

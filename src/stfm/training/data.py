@@ -131,9 +131,10 @@ class SlideData(pl.LightningDataModule):
         self.seed = seed
 
     def _sampler(self, inputs: Sequence[SlideInputs], rank: int, world: int) -> SpotSampler:
-        mixed = self.recipe.batches == "mixed"
+        balanced = self.recipe.balance == "slides" and inputs is self.train
+        how = {"mixed": self.recipe.batches == "mixed", "balanced": balanced}
         sizes = [one.n_obs for one in inputs]
-        return SpotSampler(sizes, self.recipe.batch_size, mixed=mixed, seed=self.seed, rank=rank, world=world)
+        return SpotSampler(sizes, self.recipe.batch_size, **how, seed=self.seed, rank=rank, world=world)
 
     def steps_per_epoch(self, world: int = 1) -> int:
         """Return the steps of the optimiser in an epoch."""

@@ -20,6 +20,7 @@ __all__ = ["RECIPES", "Recipe", "recipe_for", "recipe_of", "resolve_recipe"]
 _CHOICES = {
     "optimizer": ("adamw", "adam"),
     "batches": ("mixed", "slide"),
+    "balance": ("spots", "slides"),
     "precision": ("auto", "fp32", "bf16"),
     "keep": ("best", "last"),
     "tune": ("full", "head", "lora"),
@@ -55,6 +56,9 @@ class Recipe:
         not accumulate: more of them need a larger ``batch_size``.
     batches
         ``"mixed"``: a batch holds spots of any slide. ``"slide"``: of one slide.
+    balance
+        ``"spots"``: an epoch holds every spot once. ``"slides"``: slides have equal shares of it, those of few spots as
+        much as large ones.
     optimizer
         ``"adamw"``, or ``"adam"`` (weight decay as an L2 term) as the CLIP and PLIP baselines.
     lr
@@ -116,6 +120,7 @@ class Recipe:
     batch_size: int = 256
     accumulate: int = 1
     batches: Literal["mixed", "slide"] = "mixed"
+    balance: Literal["spots", "slides"] = "spots"
     optimizer: Literal["adamw", "adam"] = "adamw"
     lr: float = 5e-4
     min_lr_ratio: float = 0.0
