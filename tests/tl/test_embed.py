@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import ClassVar
+
 import anndata
 import numpy as np
 import pytest
@@ -9,6 +13,7 @@ from fake_model import FakeConfig, FakeModel
 
 import stfm as sf
 from stfm._errors import DataIntegrityError, InputError, MissingKeyError, StfmWarning, WrongTypeError
+from stfm.inference.contexts import warn_coarse
 from stfm.models.inputs import InputSpec
 from stfm.slide.genes import Vocabulary
 from stfm.training.recipes import Recipe
@@ -255,3 +260,43 @@ def test_a_model_that_reads_no_image_is_fed_with_counts_alone(adata):
 
     sf.tl.embed(adata, GenesOnly(FakeConfig(), Vocabulary(adata.var_names[:20].to_numpy())))
     assert sorted(k for k in adata.obsm if k.startswith("X_stfm")) == ["X_stfm", "X_stfm_gene"]
+
+
+class Tiles(FakeModel):
+    """Reads tiles of one size in µm, whatever the spots."""
+
+    px: ClassVar[int] = 24
+    um: ClassVar[float | None] = 112.0
+
+    @property
+    def inputs(self):
+        return InputSpec(spot_px=self.px, niche_px=None, spot_um=self.um, niche_counts=False)
+
+
+def test_an_image_too_coarse_for_the_tiles_is_told_once(adata, monkeypatch):
+    coarse = sf.datasets.toy(n_spots=40, n_patients=2, n_genes=330, mpp=16.0)
+    model = Tiles(FakeConfig(), Vocabulary(adata.var_names[:20].to_numpy()))
+    with pytest.warns(StfmWarning) as told:
+        sf.tl.embed(coarse, model)
+    libraries = "library 'section_1' (16 µm/px, 7 px a tile), library 'section_2' (16 µm/px, 7 px a tile); give"
+    (message,) = [str(one.message) for one in told]
+    assert message.startswith("The model reads tiles of 112 µm, and the H&E is too coarse")
+    assert libraries in message
+    assert told[0].filename == __file__
+    sf.tl.embed(adata, model)  # 2 µm/px: no warning, which would be an error here
+    # nor where the model shows no more px than there are, or takes tiles of the spots' own size, or there is no H&E
+    for name, value in (("px", 7), ("um", None)):
+        with monkeypatch.context() as patch:
+            patch.setattr(Tiles, name, value)
+            sf.tl.embed(coarse, model)
+    del coarse.uns["spatial"]
+    sf.tl.embed(coarse, model, mpp=16.0)
+
+
+@pytest.mark.parametrize(("mpp", "coarse"), [(0.5, False), (4.4, False), (7.0, False), (7.1, True), (16.0, True)])
+def test_what_is_too_coarse(mpp, coarse):
+    """112 µm of the olfactory bulb's image at 4.4 µm/px are 25 px; of low-resolution Visium at 16 µm/px they are 7."""
+    slides = [SimpleNamespace(name=f"s{i}", tiles=SimpleNamespace(native_mpp=mpp)) for i in range(5)]
+    spec = InputSpec(spot_px=224, contexts_um=(448.0, 112.0))
+    with pytest.warns(StfmWarning, match="'s2' .* and 2 more; give") if coarse else nullcontext():
+        warn_coarse([*slides, SimpleNamespace(name="without", tiles=None)], spec, stacklevel=2)

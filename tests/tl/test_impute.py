@@ -104,6 +104,14 @@ def test_copy_folder_and_several_libraries(tissue, model, tmp_path):
     np.testing.assert_allclose(new.layers["smooth"][rows], alone.layers["imputed"], atol=1e-5)
 
 
+def test_an_image_too_coarse_for_the_tiles_is_told(model):
+    coarse = sf.datasets.toy(n_spots=60, n_genes=330, mpp=16.0)
+    with pytest.warns(StfmWarning, match=r"tiles of 224 µm, .* \(16 µm/px, 14 px a tile\).* image=") as told:
+        sf.tl.impute(coarse, model)
+    assert len(told) == 1
+    assert told[0].filename == __file__
+
+
 def test_two_columns_of_one_gene_are_both_written(section, model):
     names = list(section.var_names)
     section.var_names = [*names[:1], names[0].lower(), *names[2:]]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from stfm._errors import InputError
+from stfm._errors import InputError, StfmWarning
 from stfm._validate import check_count, check_positive
 from stfm.inference.features import image_features
 from stfm.inference.rings import ring_graphs, ring_means
@@ -20,13 +21,23 @@ if TYPE_CHECKING:
 
     from stfm.slide.slide import Slide
 
-__all__ = ["COARSE_CONTEXTS_UM", "CONTEXTS_UM", "context_features", "default_contexts", "surround"]
+__all__ = [
+    "COARSE_CONTEXTS_UM",
+    "CONTEXTS_UM",
+    "FEWEST_PX",
+    "context_features",
+    "default_contexts",
+    "surround",
+    "warn_coarse",
+]
 
 #: sides of the tiles in µm: cells, a spot with its neighbours, the tissue around
 CONTEXTS_UM = (112.0, 224.0, 448.0)
 #: the same where a px is as large as a cell (low-resolution Visium images)
 COARSE_CONTEXTS_UM = (448.0, 1120.0)
-_FEWEST_PX = 16
+#: px of the image as it is that a tile needs to show cells
+FEWEST_PX = 16
+_NAMED = 3  # libraries that a warning names
 
 
 def default_contexts(slides: Sequence[Slide]) -> tuple[float, ...]:
@@ -38,7 +49,40 @@ def default_contexts(slides: Sequence[Slide]) -> tuple[float, ...]:
         Slides that will be compared, so that all get the same sizes.
     """
     coarsest = max((slide.tiles.native_mpp for slide in slides if slide.tiles is not None), default=0.0)
-    return CONTEXTS_UM if CONTEXTS_UM[0] / max(coarsest, 1e-9) >= _FEWEST_PX else COARSE_CONTEXTS_UM
+    return CONTEXTS_UM if CONTEXTS_UM[0] / max(coarsest, 1e-9) >= FEWEST_PX else COARSE_CONTEXTS_UM
+
+
+def warn_coarse(slides: Sequence[Slide], spec: InputSpec, *, stacklevel: int) -> None:
+    """Warn, once for all slides, of H&E with too few px for the smallest tile that a model reads of a spot.
+
+    Only sizes that the model itself states count: a tile of a bin's or a cell's own size has few px of any image.
+
+    Parameters
+    ----------
+    slides
+        Slides that are read; those without H&E are passed over.
+    spec
+        What the model reads.
+    stacklevel
+        As of :func:`warnings.warn`, where the caller of this function is 2.
+    """
+    sizes = spec.contexts_um or (() if spec.spot_um is None else (spec.spot_um,))
+    if spec.spot_px is None or not sizes:
+        return
+    size, fewest = min(sizes), min(FEWEST_PX, spec.spot_px)  # a tile shown at fewer px needs no more
+    scales = {slide.name: slide.tiles.native_mpp for slide in slides if slide.tiles is not None}
+    coarse = [
+        f"library {name!r} ({mpp:.3g} µm/px, {size / mpp:.3g} px a tile)"
+        for name, mpp in scales.items()
+        if size / mpp < fewest
+    ]
+    if coarse:
+        more = f" and {len(coarse) - _NAMED} more" if len(coarse) > _NAMED else ""
+        msg = (
+            f"The model reads tiles of {size:g} µm, and the H&E is too coarse to show cells in them: "
+            f"{', '.join(coarse[:_NAMED])}{more}; give the full-resolution image with image=."
+        )
+        warnings.warn(msg, StfmWarning, stacklevel=stacklevel)
 
 
 def context_features(

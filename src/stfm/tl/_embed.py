@@ -11,6 +11,7 @@ from stfm._errors import StfmWarning
 from stfm._keys import EMBEDDING, PARTS, SPATIAL, part_key
 from stfm._provenance import record
 from stfm._validate import check_choice, check_count, check_key
+from stfm.inference.contexts import warn_coarse
 from stfm.inference.device import resolve_device
 from stfm.inference.features import use_frozen_features
 from stfm.inference.stream import embed_slides
@@ -101,6 +102,12 @@ def embed(
     DataIntegrityError
         The folder holds a checkpoint of another architecture, or a file of it is damaged.
 
+    Warns
+    -----
+    StfmWarning
+        H&E of a library is so coarse that the model's tile of a spot has fewer than 16 px of it; a library lacks a
+        modality that others have.
+
     Examples
     --------
     >>> import stfm as sf
@@ -122,6 +129,7 @@ def embed(
         modalities=_modalities(trained),
     )  # fmt: skip
     inputs = [SlideInputs(s, trained.inputs, trained.vocabulary, slide_id=i) for i, s in enumerate(slides)]
+    warn_coarse(slides, trained.inputs, stacklevel=3)
     if cache_features or "image" in trained.inputs.centre:  # a slide's mean is known once all of its features are
         use_frozen_features(trained, inputs, device=device, precision=precision, cache=cache_features)
     trained.ready(inputs)

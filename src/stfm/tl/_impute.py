@@ -96,6 +96,12 @@ def impute(
     InputError
         The model writes no expression or none of these genes, or there are no counts.
 
+    Warns
+    -----
+    StfmWarning
+        H&E of a library is so coarse that the model's tile of a spot has fewer than 16 px of it; the model does not
+        know all genes of the panel.
+
     Examples
     --------
     >>> import stfm as sf

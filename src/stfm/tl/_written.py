@@ -8,6 +8,7 @@ import numpy as np
 
 from stfm._errors import InputError, MissingKeyError
 from stfm._provenance import record
+from stfm.inference.contexts import warn_coarse
 from stfm.inference.predict import genes_written, predict_slides
 from stfm.slide.read import as_slides
 
@@ -75,6 +76,7 @@ def write_expression(
     names, chosen = genes_written(model, genes, from_image=not use_counts)
     modalities = ("image", "gene") if use_counts else ("image",)
     slides = as_slides(adata, modalities=modalities, **reading)
+    warn_coarse(slides, model.inputs, stacklevel=4)
     per_slide = None if measured is None else [measured[slide.rows] for slide in slides]
     tables = predict_slides(
         model, slides, chosen, measured=per_slide, own=own, batch_size=batch_size, device=device, cache=cache
