@@ -239,7 +239,7 @@ def _by_model(
         raise InputError(msg)
     measured = measured_spots(adata, measured_key)
     written = write_expression(
-        adata, model, genes, measured=measured, use_counts=measured is not None, own=False, **how
+        adata, model, genes, measured=measured, use_counts=measured is not None, own=False, stacklevel=4, **how
     )
     _need_images(written.slides)
     seen = _told(adata, written.slides, model.seen, stacklevel=4)

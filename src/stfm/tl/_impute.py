@@ -122,7 +122,7 @@ def impute(
     measured = measured_spots(adata, measured_key)
     written = write_expression(
         adata, trained, asked, measured=measured, use_counts=True, own=True, batch_size=batch_size, device=device,
-        cache=cache, library_key=library_key, spatial_key=spatial_key, layer=layer, image=image, mpp=mpp,
+        cache=cache, stacklevel=3, library_key=library_key, spatial_key=spatial_key, layer=layer, image=image, mpp=mpp,
     )  # fmt: skip
     if any(slide.counts is None for slide in written.slides):
         msg = "adata has no counts to impute from; of H&E alone use sf.tl.predict_expression(adata, model=model)."

@@ -50,6 +50,7 @@ def write_expression(
     batch_size: int,
     device: str,
     cache: bool,
+    stacklevel: int,
     **reading: Any,
 ) -> Written:
     """Let a model write expression for every spot of an object.
@@ -70,13 +71,15 @@ def write_expression(
         Whether a spot's own counts may be used for it.
     batch_size, device, cache
         As of :func:`~stfm.inference.predict.predict_slides`.
+    stacklevel
+        Of warnings, where the caller of this function is 2.
     reading
         Arguments of :func:`~stfm.slide.read.as_slides`.
     """
     names, chosen = genes_written(model, genes, from_image=not use_counts)
     modalities = ("image", "gene") if use_counts else ("image",)
     slides = as_slides(adata, modalities=modalities, **reading)
-    warn_coarse(slides, model.inputs, stacklevel=4)
+    warn_coarse(slides, model.inputs, stacklevel=stacklevel + 1)
     per_slide = None if measured is None else [measured[slide.rows] for slide in slides]
     tables = predict_slides(
         model, slides, chosen, measured=per_slide, own=own, batch_size=batch_size, device=device, cache=cache
