@@ -27,7 +27,11 @@ from stfm.training.recipes import RECIPES
 
 TOWER, MODEL = "tower", "default"
 IMAGE_RECIPE = RECIPES["distil"].replace(epochs=1, precision="bf16", cache_gb=0.0)
-SPATIAL_RECIPE = RECIPES["storm-small"].replace(batches="slide", max_steps=300)
+SPATIAL_RECIPE = RECIPES["storm-small"].replace(batches="slide", epochs=100)
+#: slides have equal shares: by spots, the two sections of cortex would take most of the steps
+MASK_RECIPE = SPATIAL_RECIPE.replace(balance="slides", max_steps=1500)
+#: few steps on thinned counts, so that spots are not learned by heart
+ALIGN_RECIPE = SPATIAL_RECIPE.replace(count_thinning=0.6, max_steps=300)
 
 #: by which sf.tl.train(adata, init="default") goes on: less than two minutes on two cores
 ADAPT_RECIPE = RECIPES["storm-small"].replace(epochs=8, max_steps=60, lr=5e-4)
@@ -53,10 +57,13 @@ def train_model(
     torch.manual_seed(seed)
     model = sf.models.create("storm-base", _genes.vocabulary(slides, genes), pretrained=False)
     model.image.encoder.load_weights(tower)
-    return sf.tl.train(
-        slides, model, recipe=SPATIAL_RECIPE, validation=None, checkpoint_dir=out / "checkpoints" / MODEL,
-        resume=True, rng=seed,
-    )  # fmt: skip
+    paired = [slide for slide in slides if slide.tiles is not None]
+    for stage, shown, recipe in (("mask", slides, MASK_RECIPE), ("align", paired, ALIGN_RECIPE)):
+        model = sf.tl.train(
+            shown, model, stage=stage, recipe=recipe, validation=None, checkpoint_dir=out / "checkpoints" / MODEL,
+            resume=True, rng=seed,
+        )  # fmt: skip
+    return model
 
 
 def main() -> None:
