@@ -12,8 +12,13 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+if TYPE_CHECKING:
+    import pandas as pd
+
+#: columns that tell the lines of a table apart
+KEYS = ("protocol", "mode", "section", "slide", "source", "target", "row", "seed", "k")
 PACKAGES = ("stfm", "numpy", "scipy", "numba", "torch", "anndata", "scanpy", "scikit-learn", "squidpy", "spatialdata")
 
 
@@ -97,6 +102,27 @@ def in_new_process(script: str, *args: str) -> dict[str, Any]:
         raise RuntimeError(message)
     lines = done.stdout.strip().splitlines()
     return {**(json.loads(lines[-1]) if lines else {}), "peak_mb": float(done.stderr.rpartition("PEAK ")[2])}
+
+
+def joined(scores: pd.DataFrame, folders: Sequence[Path], name: str) -> pd.DataFrame:
+    """Return the scores of a run beside those of others, so that rows, protocols and seeds may run at different times.
+
+    Parameters
+    ----------
+    scores
+        Of this run; may be empty.
+    folders
+        Where tables of the same name were written, the latest last: what was run again takes the place of what was
+        there.
+    name
+        Of the table.
+    """
+    import pandas as pd
+
+    earlier = [pd.DataFrame(json.loads((f / f"{name}.json").read_text("utf-8"))["scores"]) for f in folders]
+    whole = pd.concat([*earlier, scores], ignore_index=True)
+    keys = [key for key in KEYS if key in whole]
+    return whole[keys].drop_duplicates().merge(whole.drop_duplicates(keys, keep="last"), on=keys)  # order of the first
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

@@ -21,8 +21,8 @@ import _domains as domains
 import _expression as expression
 import numpy as np
 import pandas as pd
+from _common import joined, write
 from _common import table as markdown
-from _common import write
 
 import stfm as sf
 from stfm.encoders.build import build_encoder
@@ -121,8 +121,8 @@ def show_domains(scores: pd.DataFrame) -> str:
         mean = part.groupby("slide")["ARI"].mean()
         spread = part.groupby("slide")["ARI"].std().fillna(0.0)
         cells = [f"{mean[s]:.3f} ± {spread[s]:.3f}" for s in DLPFC]
-        lines.append([row, mode, *cells, f"{mean.mean():.3f}", f"{mean.median():.3f}"])
-    return markdown(["row", "trained on", *DLPFC, "mean", "median"], lines)
+        lines.append([row, mode, part["seed"].nunique(), *cells, f"{mean.mean():.3f}", f"{mean.median():.3f}"])
+    return markdown(["row", "trained on", "seeds", *DLPFC, "mean", "median"], lines)
 
 
 # ---- expression (Table 3)
@@ -184,10 +184,10 @@ def show_expression(scores: pd.DataFrame) -> str:
             gain = one.groupby("section")["r"].mean() - base
             error = gain.std(ddof=1) / np.sqrt(len(gain)) if len(gain) > 1 else float("nan")
             lines.append([
-                protocol, row, f"{mean['r']:.3f} ± {spread['r']:.3f}", f"{mean['r_hvg50']:.3f}",
+                protocol, row, len(by_seed), f"{mean['r']:.3f} ± {spread['r']:.3f}", f"{mean['r_hvg50']:.3f}",
                 f"{mean['mse']:.4f}", f"{mean['share']:.0%}", f"{gain.mean():+.3f} ± {error:.3f}",
             ])  # fmt: skip
-    return markdown(["protocol", "row", "r", "r, hvg50", "MSE", "share of ceiling", "gain on base"], lines)
+    return markdown(["protocol", "row", "seeds", "r", "r, hvg50", "MSE", "share of ceiling", "gain on base"], lines)
 
 
 # ---- the paper's own protocol (80 / 20)
@@ -226,7 +226,8 @@ def main() -> None:
     parser.add_argument("table", choices=["domains", "expression", "spots"])
     parser.add_argument("--data", type=Path, required=True, help="folder with cache/ and h5ad/")
     parser.add_argument("--weights", type=Path, help="MobileNetV2 checkpoint of the base row")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=3, help="0 runs nothing and joins --take alone")
+    parser.add_argument("--take", nargs="*", type=Path, default=[], help="folders of other runs, to be joined")
     parser.add_argument("--mode", nargs="+", default=["zero-shot", "self"], choices=["zero-shot", "self"])
     parser.add_argument("--protocols", nargs="+", default=list(PROTOCOLS), choices=PROTOCOLS)
     parser.add_argument("--rows", nargs="+", help="only these learned rows: names, or how names begin")
@@ -242,8 +243,10 @@ def main() -> None:
         starts = tuple(part for part in options.rows if part not in rows)
         rows = {name: row for name, row in rows.items() if name in exact or (starts and name.startswith(starts))}
     seeds = list(range(options.seeds))
-    save = partial(report, options.table, options.out, recipe)
-    if options.table == "domains":
+    save = partial(report, options.table, options.out, recipe, options.take)
+    if not seeds:
+        scores = pd.DataFrame()
+    elif options.table == "domains":
         scores = domain_table(options.data, rows, seeds, options.mode, save)
     elif options.table == "spots":
         scores = spots_table(options.data, options.weights, rows, seeds)
@@ -252,8 +255,9 @@ def main() -> None:
     save(scores)
 
 
-def report(table: str, out: Path, recipe: Mapping[str, Any], scores: pd.DataFrame) -> None:
-    """Print the table and write it with its scores."""
+def report(table: str, out: Path, recipe: Mapping[str, Any], others: Sequence[Path], scores: pd.DataFrame) -> None:
+    """Print the table and write it with its scores and those of other runs."""
+    scores = joined(scores, others, f"st_align_{table}")
     text = show_domains(scores) if table == "domains" else show_expression(scores)
     print(text, flush=True)
     seeds = sorted(int(seed) for seed in scores["seed"].unique())

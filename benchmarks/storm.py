@@ -24,8 +24,8 @@ import _storm_domains as domains
 import _storm_transfer as transfer
 import numpy as np
 import pandas as pd
+from _common import joined, write
 from _common import table as markdown
-from _common import write
 
 import stfm as sf
 from stfm.inference.contexts import default_contexts
@@ -198,16 +198,24 @@ def show_expression(scores: pd.DataFrame) -> str:
             mean, spread = by_seed.mean(), by_seed.std().fillna(0.0)
             gain = one[["gain", "gain_low", "gain_high"]].mean()
             lines.append([
-                protocol, row, f"{mean['r']:.3f} ± {spread['r']:.3f}", f"{mean['r_hvg50']:.3f}", f"{mean['mse']:.4f}",
-                f"{mean['share']:.0%}", f"{gain['gain']:+.3f} ({gain['gain_low']:+.3f} to {gain['gain_high']:+.3f})",
+                protocol, row, len(by_seed), f"{mean['r']:.3f} ± {spread['r']:.3f}", f"{mean['r_hvg50']:.3f}",
+                f"{mean['mse']:.4f}", f"{mean['share']:.0%}",
+                f"{gain['gain']:+.3f} ({gain['gain_low']:+.3f} to {gain['gain_high']:+.3f})",
             ])  # fmt: skip
-    return markdown(["protocol", "row", "r", "r, hvg50", "MSE", "share of ceiling", "gain on base (90 %)"], lines)
+    return markdown(
+        ["protocol", "row", "seeds", "r", "r, hvg50", "MSE", "share of ceiling", "gain on base (90 %)"], lines
+    )
 
 
-def report(name: str, out: Path, show: Callable[[pd.DataFrame], str], scores: pd.DataFrame) -> None:
-    """Write the table with its scores."""
+SHOW = {"expression": show_expression, "ablations": show_expression, "domains": domains.show, "transfer": transfer.show}
+SEEDS = {"expression": 3, "ablations": 3, "domains": 5, "transfer": 3}
+
+
+def report(name: str, out: Path, others: Sequence[Path], scores: pd.DataFrame) -> None:
+    """Write the table with its scores and those of other runs."""
+    scores = joined(scores, others, f"storm_{name}")
     seeds = sorted(int(seed) for seed in scores["seed"].unique())
-    write(out / f"storm_{name}", {"seeds": seeds, "scores": scores.to_dict("records")}, show(scores))
+    write(out / f"storm_{name}", {"seeds": seeds, "scores": scores.to_dict("records")}, SHOW[name](scores))
 
 
 def main() -> None:
@@ -215,7 +223,8 @@ def main() -> None:
     parser.add_argument("table", choices=["expression", "ablations", "domains", "transfer"])
     parser.add_argument("--data", type=Path, help="folder with cache/ and h5ad/")
     parser.add_argument("--weights", type=Path, help="MobileNetV2 checkpoint of the image tower and of the base row")
-    parser.add_argument("--seeds", type=int)
+    parser.add_argument("--seeds", type=int, help="0 runs nothing and joins --take alone")
+    parser.add_argument("--take", nargs="*", type=Path, default=[], help="folders of other runs, to be joined")
     parser.add_argument("--protocols", nargs="+", choices=PROTOCOLS)
     parser.add_argument("--rows", nargs="+", help="only learned rows whose names begin so")
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -224,13 +233,14 @@ def main() -> None:
         parser.error("--data is needed")
     if options.table in ("expression", "ablations") and options.weights is None:
         parser.error("--weights is needed: the base row is ridge on frozen MobileNetV2 features")
-    if options.table == "domains":
-        domains.domain_table(
-            options.data, range(options.seeds or 5), partial(report, "domains", options.out, domains.show)
-        )
+    save = partial(report, options.table, options.out, options.take)
+    seeds = range(SEEDS[options.table] if options.seeds is None else options.seeds)
+    if not seeds:
+        save(pd.DataFrame())
+    elif options.table == "domains":
+        domains.domain_table(options.data, seeds, save)
     elif options.table == "transfer":
-        save = partial(report, "transfer", options.out, transfer.show)
-        transfer.transfer_table(range(options.seeds or 3), save, data=options.data)
+        transfer.transfer_table(seeds, save, data=options.data)
     else:
         ablations = options.table == "ablations"
         rows: Mapping[str, Any] = ablation_rows(options.weights) if ablations else storm_rows(options.weights)
@@ -238,8 +248,7 @@ def main() -> None:
             rows = {name: row for name, row in rows.items() if name.startswith(tuple(options.rows))}
         expression_table(
             options.protocols or (["her2st-C-loso", "mob-loso"] if ablations else PROTOCOLS),
-            options.data, options.weights, rows, range(options.seeds or 3),
-            partial(report, options.table, options.out, show_expression), simple=not ablations,
+            options.data, options.weights, rows, seeds, save, simple=not ablations,
         )  # fmt: skip
 
 
