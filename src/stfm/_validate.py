@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from stfm._errors import InputError, WrongTypeError
+from stfm._keys import LIBRARY_COLUMNS, PATIENT, SPATIAL, STUDY, UNS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -31,13 +32,29 @@ def check_choice(name: str, value: str, choices: Iterable[str]) -> str:
     return value
 
 
-def check_key(name: str, value: str) -> None:
-    """Refuse what cannot name a slot: no string, or an empty one."""
+def check_key(name: str, value: str, *, taken: Iterable[str | None] = ()) -> None:
+    """Refuse what cannot name a result: no string, an empty one, or the name of what is read.
+
+    Parameters
+    ----------
+    name
+        Of the argument.
+    value
+        What was given.
+    taken
+        Names of the call beside the usual ones of coordinates, libraries, patients and studies; None is passed over.
+    """
     if not isinstance(value, str):
         msg = f"{name} must be a string, got {type(value).__name__}."
         raise WrongTypeError(msg)
     if not value:
         msg = f"{name} is empty; give the result a name."
+        raise InputError(msg)
+    if value in {SPATIAL, UNS, PATIENT, STUDY, *LIBRARY_COLUMNS, *taken}:
+        msg = (
+            f"{name}={value!r} is where stfm reads coordinates, images, libraries or patients, which the result would "
+            "overwrite; give it another name."
+        )
         raise InputError(msg)
 
 

@@ -123,7 +123,7 @@ def build_niches(
     """
     if is_spatialdata(adata):
         return on_spatialdata(build_niches, locals(), images=False)
-    check_key("key_added", key_added)
+    check_key("key_added", key_added, taken=(spatial_key, library_key))
     request = Request(n_neighbors, radius, ties, tie_tolerance)
     coords = coordinates(adata, spatial_key)
     found = libraries(adata, library_key)

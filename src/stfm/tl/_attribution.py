@@ -144,7 +144,7 @@ def attribute(
     from stfm.slide.from_anndata import target as written_to
 
     check_table(adata)
-    check_key("key_added", key_added)
+    check_key("key_added", key_added, taken=(spatial_key, library_key))
     _check_method(method, baseline, n_steps)
     trained, source = resolve_model(model)
     asked = _asked(adata, spots)

@@ -113,7 +113,7 @@ def spatial_domains(
     from stfm.inference.rings import ring_means
     from stfm.slide.from_anndata import target
 
-    check_key("key_added", key_added)
+    check_key("key_added", key_added, taken=(spatial_key, library_key, niche_key))
     refinement = _refinement(refine)
     check_count("smooth_rings", smooth_rings, minimum=0)
     embedding = _embedding(adata, use_rep)

@@ -119,7 +119,7 @@ def embed(
     """
     if is_spatialdata(adata):
         return on_spatialdata(embed, locals())
-    check_key("key_added", key_added)
+    check_key("key_added", key_added, taken=(spatial_key, library_key))
     check_count("batch_size", batch_size)
     check_choice("precision", precision, ("fp32", "bf16"))
     resolve_device(device)

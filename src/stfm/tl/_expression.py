@@ -171,7 +171,7 @@ def predict_expression(
     from stfm.slide.from_anndata import target
 
     _check_adata(adata)
-    check_key("key_added", key_added)
+    check_key("key_added", key_added, taken=(spatial_key, library_key, measured_key))
     _check_source(reference, model)
     fitted, source = (None, "reference") if model is None else _resolve(model)
     if isinstance(fitted, ModelClass):

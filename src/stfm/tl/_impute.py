@@ -116,7 +116,7 @@ def impute(
     from stfm.slide.from_anndata import check_table, target
 
     check_table(adata)
-    check_key("key_added", key_added)
+    check_key("key_added", key_added, taken=(spatial_key, library_key, measured_key))
     trained, source = resolve_model(model)
     asked = genes if genes is not None else _shared_genes(adata, trained)
     measured = measured_spots(adata, measured_key)
