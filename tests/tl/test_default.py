@@ -92,6 +92,40 @@ def test_every_way_in_takes_the_name(tissue, trained, tmp_path, monkeypatch):
     assert list(further.vocabulary.names) == list(trained[0].vocabulary.names)
 
 
+@pytest.mark.usefixtures("rows")
+def test_a_model_trained_further_says_what_it_was_and_nothing_else_of_it(tissue, trained, tmp_path):
+    told = sf.models.load(trained[1])
+    told.about = sf.models.About(
+        name="mine", licence="bsd-3-clause", text="Held out: mob.", results={"mob": {"r": 0.5}}
+    )
+    how = {"recipe": RECIPE, "stage": "mask"}
+    once = sf.tl.train(tissue, told, **how)
+    assert once.about == sf.models.About(licence="bsd-3-clause")
+    assert told.about.name == "mine"
+    assert told.seen.adapted_from == []
+    first = {"name": "mine", "weights_sha256": told.weights_sha256()}
+    assert once.seen.adapted_from == [first]
+    folder = once.save(tmp_path / "once")
+    assert sf.models.load(folder).seen.adapted_from == [first]
+    card = (folder / "README.md").read_text()
+    assert f"Adapted from mine (weights sha256 `{told.weights_sha256()}`).\n" in card
+    assert "Held out" not in card
+    assert "## Numbers" not in card
+    twice = sf.tl.train(tissue, init=folder, **how)
+    assert twice.seen.adapted_from == [first, {"name": "once", "weights_sha256": once.weights_sha256()}]
+    assert [one["name"] for one in sf.tl.train(tissue, init="default", **how).seen.adapted_from] == ["default@7"]
+    assert "itself adapted from mine" in (twice.save(tmp_path / "twice") / "README.md").read_text()
+
+
+@pytest.mark.usefixtures("rows")
+def test_a_new_model_keeps_what_was_said_of_it(tissue):
+    new = sf.models.create("storm-tiny", sf.tl.train(tissue, init="default", recipe=RECIPE, stage="mask").vocabulary)
+    new.about.text = "A first try."
+    made = sf.tl.train(tissue, new, recipe=RECIPE, stage="mask")
+    assert made.about.text == "A first try."
+    assert made.seen.adapted_from == []
+
+
 @pytest.mark.usefixtures("none")
 def test_a_version_without_the_default_says_what_to_do(tissue):
     adata = tissue.copy()

@@ -11,7 +11,7 @@ from stfm._errors import InputError
 from stfm._version import __version__
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     import pandas as pd
 
@@ -74,7 +74,7 @@ def model_card(
     config
         Its configuration.
     seen
-        What training recorded: studies, patients, slides, platforms, species, spots, recipe.
+        What training recorded: studies, patients, slides, platforms, species, spots, recipe, models adapted from.
     history
         A row an epoch.
     about
@@ -91,6 +91,7 @@ def model_card(
         "",
         f"A `{family}` model, saved by stfm {__version__} ({dtype}). Load it with `stfm.models.load(folder)`.",
         "",
+        *_adapted(seen.get("adapted_from", [])),
         *([about.text.strip(), ""] if about.text.strip() else []),
         "## What it saw",
         "",
@@ -119,6 +120,14 @@ def _front_matter(family: str, about: About) -> list[str]:
     """Return the YAML by which the hub finds and files a model."""
     licence = [f"license: {json.dumps(about.licence)}"] if about.licence else []
     return ["---", "library_name: stfm", *licence, "tags:", *(f"- {tag}" for tag in (*_TAGS, family)), "---", ""]
+
+
+def _adapted(models: Sequence[Mapping[str, str]]) -> list[str]:
+    """Return which trained models it was made from, the latest first."""
+    if not models:
+        return []
+    said = (f"{one['name']} (weights sha256 `{one['weights_sha256']}`)" for one in reversed(models))
+    return [f"Adapted from {', itself adapted from '.join(said)}.", ""]
 
 
 def _names(names: list[str] | None) -> str:

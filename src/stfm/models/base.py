@@ -84,6 +84,8 @@ class Seen:
     species: list[str] = field(default_factory=list)
     n_spots: int = 0
     recipe: dict[str, Any] = field(default_factory=dict)
+    #: trained models that it was made from by further training, the latest last: name and hash of the weights
+    adapted_from: list[dict[str, str]] = field(default_factory=list)
     #: recipe by which the model is trained further, where it is another one
     further: dict[str, Any] = field(default_factory=dict)
 

@@ -13,6 +13,7 @@ from stfm._errors import InputError, StfmWarning, WrongTypeError
 from stfm._keys import SPATIAL
 from stfm._validate import resolve_rng
 from stfm.inference.features import use_frozen_features
+from stfm.models._card import About
 from stfm.models.base import Model
 from stfm.models.registry import class_of, create, load, nearest_name
 from stfm.slide.read import as_slides
@@ -21,6 +22,7 @@ from stfm.training.genes import make_vocabulary
 from stfm.training.recipes import resolve_recipe
 from stfm.training.split import split_slides
 from stfm.training.tune import check_tune, tuned_stages
+from stfm.weights.registry import WEIGHTS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -136,7 +138,8 @@ def train(
     -------
     The trained model in evaluation mode: ``history`` (DataFrame, a row an epoch: losses of training and validation,
     learning rate, weight decay, seconds, spots a second), ``seen`` (studies, slides, patients, recipe); ``save`` it
-    with ``model.save(folder)``.
+    with ``model.save(folder)``. One that was trained further names in ``seen.adapted_from``, and on its card, the
+    models it comes from; of their cards only the licence stays.
 
     Raises
     ------
@@ -241,11 +244,23 @@ def _start(model: Any, init: Model | str | Path | None, config: Mapping[str, Any
         msg = "config= changes a new model; a model to go on from keeps the configuration that it has."
         raise InputError(msg)
     if isinstance(source, Model):
-        return copy.deepcopy(source)
+        made = copy.deepcopy(source)
+        return made if made.history is None else _adapted(made, made.about.name or made.family)
     if not isinstance(source, (str, Path)):
         msg = f"init must be a model or the folder of a saved one, got {type(source).__name__}."
         raise WrongTypeError(msg)
-    return load(source)
+    named = isinstance(source, str) and source in WEIGHTS
+    return _adapted(load(source), WEIGHTS.get(str(source)).label if named else Path(source).resolve().name)
+
+
+def _adapted(model: Model, name: str) -> Model:
+    """Let a trained model say what it was before: what its card told of it is not true of what it will become.
+
+    The licence stays, since the weights go on under it.
+    """
+    model.seen.adapted_from.append({"name": name, "weights_sha256": model.weights_sha256()})
+    model.about = About(licence=model.about.licence)
+    return model
 
 
 def _named(model: Any, start: Model | None) -> str | Model:
