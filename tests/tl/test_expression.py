@@ -441,6 +441,7 @@ class TestByAModel:
             ({"genes": ["EOSINE"]}, InputError, "does not know gene 'EOSINE'. Did you mean 'EOSIN'"),
             ({"genes": ["EOSIN", "NEVER"]}, InputError, "gene 'NEVER' is in the model's vocabulary, but no training"),
             ({"genes": []}, InputError, "genes is empty"),
+            ({"genes": ["EOSIN", "eosin"]}, InputError, "names 'eosin' twice"),
             ({"genes": "hvg250"}, InputError, "names a gene set"),
             ({"measured_key": "measured"}, MissingKeyError, "no column 'measured', which measured_key= names"),
             ({"measured_key": "patient"}, InputError, "must hold True and False"),

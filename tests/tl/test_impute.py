@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import anndata as ad
 import numpy as np
 import pandas as pd
@@ -9,6 +11,7 @@ import pytest
 
 import stfm as sf
 from stfm._errors import InputError, MissingKeyError, StfmWarning, WrongTypeError
+from stfm.slide.genes import Vocabulary
 
 CONFIG = {"width": 32, "heads": 4, "window": 19, "max_genes": 200}
 
@@ -120,6 +123,25 @@ def test_two_columns_of_one_gene_are_both_written(section, model):
     table = section.layers["imputed"]
     np.testing.assert_array_equal(table[:, 0], table[:, 1])
     assert np.isfinite(table).all()
+
+
+def test_genes_are_asked_for_by_ensembl_id_too(section, model):
+    names = model.vocabulary.names
+    ids = np.array([f"ENSG{i:011d}" for i in range(len(names))])
+    mouse = np.array([f"ENSMUSG{i:011d}" if i else "" for i in range(len(names))])
+    known = copy.deepcopy(model)
+    known.vocabulary = Vocabulary(names, ids, "human", mouse)
+    asked = [f"{ids[3].lower()}.14", str(mouse[5]), str(names[7]).lower()]
+    sf.tl.impute(section, known, genes=asked)
+    written = section.obsm["imputed"]
+    assert list(written.columns) == asked
+    sf.tl.impute(section, known, genes=list(map(str, names[[3, 5, 7]])))
+    np.testing.assert_array_equal(written, section.obsm["imputed"])
+    for twice in ([str(names[3]), str(ids[3])], [str(ids[5]), str(mouse[5])]):
+        with pytest.raises(InputError, match=f"names '{twice[1]}' twice .as '{twice[0]}' too.; name each gene once"):
+            sf.tl.impute(section, known, genes=twice)
+    with pytest.raises(InputError, match="does not know gene 'ENSG99999999999'"):
+        sf.tl.impute(section, known, genes=["ENSG99999999999"])
 
 
 def test_guards_leave_the_object_untouched(section, model):

@@ -12,6 +12,7 @@ from stfm._progress import progress
 from stfm.inference.features import use_frozen_features
 from stfm.inference.stream import run_blocks
 from stfm.models.inputs import SlideInputs
+from stfm.slide.genes import id_key
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from stfm.models.base import Model
+    from stfm.slide.genes import Vocabulary
     from stfm.slide.slide import Slide
 
 __all__ = ["genes_written", "nearest_genes", "predict_slides"]
@@ -77,14 +79,15 @@ def predict_slides(
 def genes_written(
     model: Model, genes: Sequence[str] | None, *, from_image: bool = False
 ) -> tuple[list[str], NDArray[np.int64]]:
-    """Return names and positions of genes in a model's vocabulary.
+    """Return names, as they were asked for, and positions of genes in a model's vocabulary.
 
     Parameters
     ----------
     model
         A model that writes expression.
     genes
-        Names; None takes all that it has learned.
+        Names, or Ensembl ids (with or without version; of an orthologue too) where the vocabulary has them; None takes
+        all that it has learned.
     from_image
         Whether they will be predicted from H&E alone: then None takes those that training had beside H&E.
 
@@ -102,7 +105,6 @@ def genes_written(
         paired = model.paired_genes()
         chosen = np.flatnonzero(paired if from_image and paired.any() else learned)
         return [names[i] for i in chosen], chosen
-    place = {name.upper(): i for i, name in enumerate(names)}
     if isinstance(genes, str):
         msg = f"genes={genes!r} is one name; give a list of names, genes=[{genes!r}]."
         raise InputError(msg)
@@ -110,11 +112,12 @@ def genes_written(
     if not asked:
         msg = "genes is empty; name at least one."
         raise InputError(msg)
-    if absent := [gene for gene in asked if gene.upper() not in place]:
+    place = _places(model.vocabulary, asked)
+    if absent := [gene for gene, i in zip(asked, place, strict=True) if i is None]:
         msg = f"the model does not know gene {absent[0]!r}. {nearest_genes(absent[0], names)}"
         raise InputError(msg)
-    _check_once(asked)
-    chosen = np.array([place[gene.upper()] for gene in asked], dtype=np.int64)
+    chosen = np.array(place, dtype=np.int64)
+    _check_once(asked, chosen)
     if not learned[chosen].all():
         first = asked[int(np.argmin(learned[chosen]))]
         msg = (
@@ -125,15 +128,29 @@ def genes_written(
     return asked, chosen
 
 
-def _check_once(genes: Sequence[str]) -> None:
-    """Refuse a gene that is named twice, be it in another case."""
-    seen: dict[str, str] = {}
-    for gene in genes:
-        if (other := seen.get(gene.upper())) is not None:
+def _places(vocabulary: Vocabulary, genes: Sequence[str]) -> list[int | None]:
+    """Return where genes stand in a vocabulary by name, Ensembl id or that of their orthologue; None: nowhere."""
+    place: dict[str, int] = {}
+    for keys in (
+        [str(name).upper() for name in vocabulary.names],
+        vocabulary.panel.id_keys,
+        vocabulary.orthologue_keys,
+    ):
+        for i, key in enumerate(keys):
+            if key:
+                place.setdefault(key, i)
+    return [place.get(gene.upper(), place.get(id_key(gene))) for gene in genes]
+
+
+def _check_once(genes: Sequence[str], places: NDArray[np.int64]) -> None:
+    """Refuse a gene that is named twice, be it in another case or by its Ensembl id."""
+    seen: dict[int, str] = {}
+    for gene, place in zip(genes, places.tolist(), strict=True):
+        if (other := seen.get(place)) is not None:
             also = "" if other == gene else f" (as {other!r} too)"
             msg = f"genes names {gene!r} twice{also}; name each gene once."
             raise InputError(msg)
-        seen[gene.upper()] = gene
+        seen[place] = gene
 
 
 def nearest_genes(gene: str, names: Sequence[str]) -> str:

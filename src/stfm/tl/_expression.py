@@ -85,7 +85,7 @@ def predict_expression(
     genes
         Genes to predict: names, or a gene set of the protocols, ``"hvg250"`` (the 250 of highest variance on the
         reference; the default), ``"hvg50"``, ``"hmg250"``. With ``model``: some of its genes; by default all, or
-        of a model that writes expression those that training had beside H&E.
+        of a model that writes expression those that training had beside H&E (these by Ensembl id too, if it has them).
     measured_key
         Column of ``obs``, True for the spots whose counts may be used for the others (in-context prediction); only of a
         model that writes expression.
