@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from stfm import _provenance
-from stfm._errors import InputError, StfmWarning
+from stfm._errors import StfmWarning
 from stfm._keys import NICHE, PATIENT, SPATIAL, niche_keys
 from stfm._logging import get_logger
 from stfm._validate import check_key
-from stfm.slide.from_anndata import Library, coordinates, libraries, library_column, scale_of, target
+from stfm.slide.from_anndata import Library, check_spread, coordinates, libraries, library_column, scale_of, target
 from stfm.slide.from_spatialdata import is_spatialdata, on_spatialdata
 from stfm.slide.niches import Request, find_niches
 
@@ -127,7 +127,7 @@ def build_niches(
     request = Request(n_neighbors, radius, ties, tie_tolerance)
     coords = coordinates(adata, spatial_key)
     found = libraries(adata, library_key)
-    _check_spread(coords, found)
+    check_spread(coords, found)
     mpp = _scales(adata, coords, found)
     table, tolerances = find_niches(
         coords,
@@ -184,20 +184,6 @@ def _middle(library: Library, coords: NDArray[np.float64]) -> Library:
     near = np.flatnonzero((xy[:, 0] >= center[0] - reach) & (xy[:, 0] <= center[0] + reach))
     near = near[np.abs(xy[near, 1] - center[1]) <= reach]
     return Library(library.name, library.rows[near])
-
-
-def _check_spread(coords: NDArray[np.float64], found: list[Library]) -> None:
-    """Refuse a library whose spots all lie at one place: its coordinates were never filled in."""
-    for library in found:
-        if len(library.rows) > 1:
-            own = coords[library.rows] if len(library.rows) < len(coords) else coords
-            if (own[0] == own[-1]).all() and (own == own[0]).all():
-                place = ", ".join(f"{value:g}" for value in own[0])
-                msg = (
-                    f"Library {library.name!r}: all {len(own)} spots lie at one place ({place}), so that none is near "
-                    "and none is far; fill in their coordinates."
-                )
-                raise InputError(msg)
 
 
 def _tell_patients(adata: AnnData, found: list[Library]) -> None:

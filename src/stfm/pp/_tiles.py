@@ -28,7 +28,7 @@ from stfm.slide.from_anndata import (
 )
 from stfm.slide.from_spatialdata import is_spatialdata, on_spatialdata
 from stfm.slide.readers import keep_array, open_image, thumbnail
-from stfm.slide.tiles import TileReader
+from stfm.slide.tiles import TileReader, check_on_image
 from stfm.slide.units import Scale, default_tile_um
 
 if TYPE_CHECKING:
@@ -221,19 +221,7 @@ def _reader(
 
 def _check_position(reader: TileReader, library: str, positions: NDArray[np.float64] | None) -> None:
     """Refuse spots off the image; warn where x and y seem to be exchanged."""
-    height, width = reader.source.shape
-    exchanged = reader.centers[:, ::-1]
-    outside = reader.outside()
-    if outside.any():
-        low, high = reader.centers.min(axis=0), reader.centers.max(axis=0)
-        msg = (
-            f"Library {library!r}: {int(outside.sum())} of {reader.n_obs} spots lie off the image (x {low[0]:.0f} to "
-            f"{high[0]:.0f}, y {low[1]:.0f} to {high[1]:.0f} px on {width} x {height} px). Is this the image that the "
-            "coordinates belong to, and at this resolution (image_scale=, tissue_*_scalef)?"
-        )
-        if ((exchanged >= 0) & (exchanged < (width, height))).all():
-            msg += " With x and y exchanged all lie on it: adata.obsm['spatial'] must be (x, y), not (row, column)."
-        raise InputError(msg)
+    check_on_image(reader, library)
     if reader.n_obs >= _SWAP_MIN_SPOTS:
         signs = [_by_tissue(reader), _by_array(reader, positions)]
         if told := " and ".join(sign for sign in signs if sign):

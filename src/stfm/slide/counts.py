@@ -62,6 +62,11 @@ class Counts:
             self._in_memory = _csr(self._matrix if whole else self._matrix[self._rows])
         return self._in_memory
 
+    def all_zero(self) -> bool:
+        """Whether nothing was counted at all; what lies on disk is read no further than to the first count."""
+        n = len(self._rows)
+        return not any(self.rows(np.arange(i, min(i + _BLOCK, n))).data.any() for i in range(0, n, _BLOCK))
+
     def totals(self) -> NDArray[np.float32]:
         """Return the sum of counts of each spot over all measured genes, float32 ``(n,)``."""
         if self._totals is None:

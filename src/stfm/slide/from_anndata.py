@@ -25,13 +25,14 @@ from stfm.slide.niches import NicheTable
 from stfm.slide.platforms import get_platform
 from stfm.slide.readers import open_image
 from stfm.slide.slide import Slide
-from stfm.slide.tiles import TileReader
+from stfm.slide.tiles import TileReader, check_on_image
 from stfm.slide.units import Scale, resolve_mpp
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _RESOLUTIONS = ("hires", "lowres")
+_OFF_IMAGE = 0.5  # share of the spots of a library beyond which its image is that of other tissue, or of another scale
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,20 @@ def coordinates(adata: AnnData, spatial_key: str = SPATIAL) -> NDArray[np.float6
     return coords
 
 
+def check_spread(coords: NDArray[np.float64], found: list[Library]) -> None:
+    """Refuse a library whose spots all lie at one place: its coordinates were never filled in."""
+    for library in found:
+        if len(library.rows) > 1:
+            own = coords[library.rows] if len(library.rows) < len(coords) else coords
+            if (own[0] == own[-1]).all() and (own == own[0]).all():
+                place = ", ".join(f"{value:g}" for value in own[0])
+                msg = (
+                    f"Library {library.name!r}: all {len(own)} spots lie at one place ({place}), so that none is near "
+                    "and none is far; fill in their coordinates."
+                )
+                raise InputError(msg)
+
+
 def libraries(adata: AnnData, library_key: str | None = None) -> list[Library]:
     """Return the libraries of an object, in the order of their first spots."""
     column = library_column(adata, library_key)
@@ -209,6 +224,7 @@ def slides_from_anndata(
     """Read the libraries of an AnnData as slides (arguments as in :func:`stfm.slide.as_slides`)."""
     coords = coordinates(adata, spatial_key)
     found = libraries(adata, library_key)
+    check_spread(coords, found)
     matrix, panel = _expression(adata, layer) if "gene" in modalities else (None, None)
     slides = []
     for library in found:
@@ -244,7 +260,9 @@ def tile_reader(
             "give it with mpp=."
         )
         raise InputError(msg)
-    return TileReader(open_image(picture), coords[library.rows, :2], scale.mpp, image_scale=image_scale)
+    reader = TileReader(open_image(picture), coords[library.rows, :2], scale.mpp, image_scale=image_scale)
+    check_on_image(reader, library.name, allowed=_OFF_IMAGE)
+    return reader
 
 
 def find_image(

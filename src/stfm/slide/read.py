@@ -59,7 +59,8 @@ def as_slides(
     MissingKeyError
         There are no coordinates, or a named column, layer or library does not exist.
     InputError
-        Coordinates or counts cannot be used; the message names the argument that mends it.
+        Coordinates or counts cannot be used; the message names the argument that mends it. All spots of a library lie
+        at one place, or more than half of them off its image.
 
     Examples
     --------

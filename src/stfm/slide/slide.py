@@ -10,6 +10,8 @@ import numpy as np
 from stfm._errors import InputError, MissingKeyError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import ArrayLike, NDArray
 
     from stfm.slide.counts import Counts
@@ -119,3 +121,20 @@ class Slide:
 
         table = knn(self.coords, n_neighbors, radius=radius, include_self=include_self, ties=ties)
         return replace(self, niches=table)
+
+
+def check_counted(slides: Sequence[Slide]) -> None:
+    """Refuse slides with counts that are all zero: what a model made of them would tell nothing.
+
+    Parameters
+    ----------
+    slides
+        Slides; those without counts are passed over.
+    """
+    for slide in slides:
+        if slide.counts is not None and slide.n_obs and slide.counts.all_zero():
+            msg = (
+                f"Library {slide.name!r}: all counts of its {slide.n_obs} spots are zero; leave it out, name the "
+                "layer with its counts (layer=), or, if it has H&E alone, give it without counts (adata.X = None)."
+            )
+            raise InputError(msg)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["ImageSource", "TileReader", "open_image"]
+__all__ = ["ImageSource", "TileReader", "check_on_image", "open_image"]
 
 _EXACT = 1e-3  # px: a tile that differs less from its size in px is copied, not resampled
 _INLINE_BYTES = 2**21  # below, starting threads costs more than it gains
@@ -256,6 +256,35 @@ class TileReader:
             pixels = self.source.read(level, top, left, min(bh, height - top), min(bw, width - left))
             index = np.array(tiles, dtype=np.int64)
             _tile_gather.scatter(_flat(pixels), top, left, index, y0, x0, patches, 0, len(index))
+
+
+def check_on_image(reader: TileReader, library: str, *, allowed: float = 0.0) -> None:
+    """Refuse coordinates that are not those of the image.
+
+    Parameters
+    ----------
+    reader
+        Of the tiles of a library.
+    library
+        Its name.
+    allowed
+        Share of the spots that may lie off the image.
+    """
+    outside = reader.outside()
+    if not outside.any() or outside.mean() <= allowed:
+        return
+    height, width = reader.source.shape
+    low, high = reader.centers.min(axis=0), reader.centers.max(axis=0)
+    exchanged = reader.centers[:, ::-1]
+    msg = (
+        f"Library {library!r}: {int(outside.sum())} of {reader.n_obs} spots lie off the image (x {low[0]:.0f} to "
+        f"{high[0]:.0f}, y {low[1]:.0f} to {high[1]:.0f} px on {width} x {height} px). Is this the image of that "
+        "section, at this resolution (image_scale=, tissue_*_scalef), and are the coordinates px of the "
+        "full-resolution image (not µm)?"
+    )
+    if ((exchanged >= 0) & (exchanged < (width, height))).all():
+        msg += " With x and y exchanged all lie on it: adata.obsm['spatial'] must be (x, y), not (row, column)."
+    raise InputError(msg)
 
 
 def _corners(center: NDArray[np.float64], size: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -19,6 +19,7 @@ from stfm.models.inputs import SlideInputs
 from stfm.slide.from_anndata import check_table, target
 from stfm.slide.from_spatialdata import is_spatialdata, on_spatialdata
 from stfm.slide.read import as_slides
+from stfm.slide.slide import check_counted
 from stfm.tl._models import resolve_model
 
 if TYPE_CHECKING:
@@ -98,7 +99,8 @@ def embed(
     Raises
     ------
     InputError
-        The weights are not there, no gene matches, or what the model reads is not there; the object is untouched.
+        The weights are not there, no gene matches, or what the model reads is not there, zero throughout, at one place
+        or off the image; the object is untouched.
     DataIntegrityError
         The folder holds a checkpoint of another architecture, or a file of it is damaged.
 
@@ -128,6 +130,7 @@ def embed(
         check_table(adata), library_key=library_key, spatial_key=spatial_key, layer=layer, image=image, mpp=mpp,
         modalities=_modalities(trained),
     )  # fmt: skip
+    check_counted(slides)
     inputs = [SlideInputs(s, trained.inputs, trained.vocabulary, slide_id=i) for i, s in enumerate(slides)]
     warn_coarse(slides, trained.inputs, stacklevel=3)
     if cache_features or "image" in trained.inputs.centre:  # a slide's mean is known once all of its features are

@@ -17,6 +17,7 @@ from stfm.models._card import About
 from stfm.models.base import Model
 from stfm.models.registry import class_of, create, load, nearest_name
 from stfm.slide.read import as_slides
+from stfm.slide.slide import check_counted
 from stfm.training.engine import fit_stages, resolve_accelerator, resolve_precision
 from stfm.training.genes import make_vocabulary
 from stfm.training.recipes import resolve_recipe
@@ -144,7 +145,8 @@ def train(
     Raises
     ------
     InputError
-        Data that cannot be trained on, a split that leaves nothing, or a checkpoint of another run.
+        Data that cannot be trained on (counts all zero, spots at one place or off their image), a split that leaves
+        nothing, or a checkpoint of another run.
     StfmError
         The loss became nan; the message names the batch, the last checkpoint stays.
 
@@ -161,6 +163,7 @@ def train(
         data, library_key=library_key, spatial_key=spatial_key, layer=layer, image=image, mpp=mpp,
         patient_key=patient_key,
     )  # fmt: skip
+    check_counted(slides)
     kind = resolve_accelerator(accelerator, devices)
     start = _start(model, init, config, genes)
     plan = resolve_recipe(
