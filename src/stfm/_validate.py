@@ -14,10 +14,20 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 
-def did_you_mean(value: str, options: Iterable[str]) -> str:
-    """Return a sentence that names the nearest options, or all of them when none is near."""
+def did_you_mean(value: str, options: Iterable[str], *, also: Iterable[str] = ()) -> str:
+    """Return a sentence that names the nearest options, or all of them when none is near.
+
+    Parameters
+    ----------
+    value
+        What was given.
+    options
+        What there is.
+    also
+        Names that are told where they are near, and not among all.
+    """
     options = sorted(options)
-    near = difflib.get_close_matches(value.lower(), options, n=3, cutoff=0.6)
+    near = difflib.get_close_matches(value.lower(), [*options, *also], n=3, cutoff=0.6)
     if near:
         return f"Did you mean {' or '.join(repr(n) for n in near)}?"
     return f"There are: {', '.join(repr(o) for o in options)}." if options else "There are none."

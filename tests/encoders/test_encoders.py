@@ -580,3 +580,11 @@ def test_ready_made_encoders_and_specs_are_taken():
     assert isinstance(make("pca"), GeneEncoder)
     with pytest.raises(InputError, match="modality='sound' is unknown"):
         EncoderSpec("mine", "sound", "x:y", 8)
+
+
+def test_weights_that_are_not_there_are_told_before_a_network_is_made(monkeypatch, tmp_path):
+    made = []
+    monkeypatch.setattr("stfm.encoders.build._factory", lambda _: lambda spec, **_: made.append(spec))
+    with pytest.raises(MissingKeyError, match=r"no weights file .*nope\.bin"):
+        build_encoder("uni", weights=str(tmp_path / "nope.bin"))
+    assert made == []

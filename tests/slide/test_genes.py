@@ -85,6 +85,8 @@ def test_too_few_matches_name_examples():
     panel = Panel(["EPCAM", *[f"XX{i}" for i in range(9)]])
     vocabulary = Vocabulary(["EPCAM", *[f"YY{i}" for i in range(9)]])
     with pytest.raises(InputError, match=r"lower min_fraction"):
+        match_genes(panel, vocabulary, lowerable=True)
+    with pytest.raises(InputError, match=r"only 1 of 10 genes match((?!min_fraction).)*$"):
         match_genes(panel, vocabulary)
     assert match_genes(panel, vocabulary, min_fraction=0.1).n_matched == 1
     with pytest.raises(InputError, match="between 0 and 1"):

@@ -141,7 +141,11 @@ def test_a_version_without_the_default_says_what_to_do(tissue):
 def test_a_wrong_name_is_told(tissue, monkeypatch):
     with pytest.raises(MissingKeyError, match="Did you mean 'default'"):
         sf.tl.embed(tissue.copy(), "defautl")
+    with pytest.raises(MissingKeyError, match="no folder defualt .* Did you mean 'default'"):
+        sf.tl.train(tissue, init="defualt", recipe=RECIPE)
     table = WeightsSpec("vocabulary", "genes", kind="table")
     monkeypatch.setitem(WEIGHTS._specs, "vocabulary", table)
     with pytest.raises(InputError, match="'vocabulary' are no model"):
         sf.models.load("vocabulary")
+    with pytest.raises(MissingKeyError, match=r"There are: 'default', 'mine'\.$"):
+        sf.tl.embed(tissue.copy(), "uni")

@@ -121,7 +121,7 @@ def test_config_changes(tissue):
         ({"accelerator": "tpu"}, InputError, "accelerator='tpu'"),
         ({"devices": 0}, InputError, "devices must be at least 1"),
         ({"init": 3}, WrongTypeError, "init must be a model or the folder"),
-        ({"init": "/nowhere"}, MissingKeyError, "no saved model"),
+        ({"init": "/nowhere"}, MissingKeyError, "no folder /nowhere with a saved model"),
         ({"resume": True}, InputError, "checkpoint_dir="),
         ({"resume": "/nowhere.ckpt"}, MissingKeyError, "no checkpoint at"),
     ],

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 from stfm._errors import InputError, WrongTypeError
 from stfm._validate import check_count, did_you_mean
 from stfm.encoders.base import Encoder, ImageEncoder
+from stfm.encoders.checkpoint import check_there
 from stfm.encoders.registry import ENCODERS, custom_spec
 from stfm.encoders.spec import INPUT_FIELDS, EncoderSpec
 
@@ -96,6 +97,8 @@ def build_encoder(
         arguments["n_genes"] = n_genes
     if callable(name):
         arguments["function"] = name
+    if weights is not None and weights != "hub":
+        check_there(weights)
     encoder = factory(spec, **arguments)
     if weights is not None:
         encoder.load_weights(_place(encoder.spec, weights))

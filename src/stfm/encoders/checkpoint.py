@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from stfm._errors import DataIntegrityError
+from stfm._errors import DataIntegrityError, MissingKeyError
 from stfm.weights.state import check_finite, read_state, unwrap
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-__all__ = ["load_strictly"]
+__all__ = ["check_there", "load_strictly"]
 
 #: what stands before the place of weights that are fetched
 REMOTE = ("hub:", "https://", "http://")
@@ -74,6 +74,23 @@ def _of_saved_model(folder: Path) -> dict[str, Tensor]:
         msg = f"{folder} holds a saved model without an image encoder; name the file of an encoder's weights."
         raise DataIntegrityError(msg)
     return inside
+
+
+def check_there(source: str | Path | Mapping[str, Tensor]) -> None:
+    """Refuse a file of weights that is not there, before a network is made for it.
+
+    Parameters
+    ----------
+    source
+        As of :func:`load_strictly`; what is fetched is not looked for.
+    """
+    from stfm.weights import WEIGHTS
+
+    if isinstance(source, Mapping) or (isinstance(source, str) and (source.startswith(REMOTE) or source in WEIGHTS)):
+        return
+    if not Path(source).expanduser().exists():
+        msg = f"There is no weights file {source}."
+        raise MissingKeyError(msg)
 
 
 def _local(source: str | Path, *, gated: bool) -> Path:

@@ -70,7 +70,7 @@ def match_genes(
     if not hasattr(adata, "var"):
         raise WrongTypeError(f"adata must be AnnData, got {type(adata).__name__}.")
     panel = Panel.from_var(adata.var, var_key=var_key, species=species)
-    match = match_panel(panel, _vocabulary(vocabulary), min_fraction=min_fraction)
+    match = match_panel(panel, _vocabulary(vocabulary), min_fraction=min_fraction, lowerable=True)
     logger.info(match.report)
     return match
 

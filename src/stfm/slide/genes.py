@@ -395,7 +395,9 @@ class GeneMatch:
         return taken
 
 
-def match_genes(panel: Panel, vocabulary: Vocabulary, *, min_fraction: float = 0.2) -> GeneMatch:
+def match_genes(
+    panel: Panel, vocabulary: Vocabulary, *, min_fraction: float = 0.2, lowerable: bool = False
+) -> GeneMatch:
     """Match the genes of a slide to those of a model.
 
     Parameters
@@ -406,6 +408,8 @@ def match_genes(panel: Panel, vocabulary: Vocabulary, *, min_fraction: float = 0
         Genes of the model.
     min_fraction
         Smallest acceptable share of ``min(n_panel, n_vocabulary)``.
+    lowerable
+        Whether the message may advise to lower ``min_fraction``: only where whoever reads it can give it.
 
     Raises
     ------
@@ -460,7 +464,7 @@ def match_genes(panel: Panel, vocabulary: Vocabulary, *, min_fraction: float = 0
         unmatched=tuple(str(name) for name in panel.names[~used][:5]),
     )
     if match.n_matched == 0 or match.fraction < min_fraction:
-        raise InputError(_mismatch(match, panel, vocabulary, min_fraction))
+        raise InputError(_mismatch(match, panel, vocabulary, min_fraction if lowerable else None))
     return match
 
 
@@ -475,14 +479,14 @@ def _tell_doubled(panel: Panel, columns: list[int]) -> None:
         warnings.warn(msg, StfmWarning, stacklevel=3)
 
 
-def _mismatch(match: GeneMatch, panel: Panel, vocabulary: Vocabulary, min_fraction: float) -> str:
+def _mismatch(match: GeneMatch, panel: Panel, vocabulary: Vocabulary, min_fraction: float | None) -> str:
     advice = "put the symbols or Ensembl ids that both have into adata.var_names, or a column gene_symbols or gene_ids"
     ids_only = not any(panel.symbol_keys) or not any(vocabulary.panel.symbol_keys)
     if match.species_note and ids_only:
         advice = f"a {panel.species} panel meets a {vocabulary.species} vocabulary by symbol only: {advice}"
     elif ids_only and not (any(panel.id_keys) and any(vocabulary.panel.id_keys)):
         advice = f"one has Ensembl ids only, the other symbols only: {advice}"
-    elif match.n_matched:
+    elif match.n_matched and min_fraction is not None:
         advice += f", or lower min_fraction (now {min_fraction})"
     return (
         f"only {match.n_matched} of {min(match.n_panel, match.n_vocabulary):,} genes match the vocabulary; the data "

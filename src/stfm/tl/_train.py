@@ -18,6 +18,7 @@ from stfm.models.base import Model
 from stfm.models.registry import class_of, create, load, nearest_name
 from stfm.slide.read import as_slides
 from stfm.slide.slide import check_counted
+from stfm.tl._models import check_named
 from stfm.training.engine import fit_stages, resolve_accelerator, resolve_precision
 from stfm.training.genes import make_vocabulary
 from stfm.training.recipes import resolve_recipe
@@ -252,6 +253,7 @@ def _start(model: Any, init: Model | str | Path | None, config: Mapping[str, Any
     if not isinstance(source, (str, Path)):
         msg = f"init must be a model or the folder of a saved one, got {type(source).__name__}."
         raise WrongTypeError(msg)
+    check_named(source)
     named = isinstance(source, str) and source in WEIGHTS
     return _adapted(load(source), WEIGHTS.get(str(source)).label if named else Path(source).resolve().name)
 
