@@ -40,7 +40,7 @@ def test_it_embeds_offline_without_other_libraries(tmp_path, monkeypatch):
     assert set(said["found"]) == {"X_stfm", "X_stfm_image", "X_stfm_gene", "X_stfm_niche"}
     assert said["finite"]
     assert said["loaded"] == []
-    assert said["source"] == "default@1"
+    assert said["source"] == "default@2"
 
 
 def test_it_is_small_and_says_what_it_saw():

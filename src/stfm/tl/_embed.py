@@ -93,7 +93,7 @@ def embed(
         Its parts in the shared space, float32 ``(n, d)``; a part whose modality is absent is not written, and nan in
         libraries that lack what other libraries have.
     uns[key_added]
-        Model, where it came from (``"default@1"``: name and version), hash of the weights; genes matched and
+        Model, where it came from (``"default@2"``: name and version), hash of the weights; genes matched and
         µm/px of each library; parameters.
 
     Raises
