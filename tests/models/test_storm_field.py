@@ -9,13 +9,10 @@ import pytest
 import torch
 
 import stfm as sf
-from stfm.models import _storm_field
-from stfm.models._storm_field import LatentField, telling_genes
+from stfm.models._storm_field import LatentField
 from stfm.models.inputs import SlideInputs
-from stfm.models.registry import create
 from stfm.models.storm_config import STORMConfig
 from stfm.slide import as_slides
-from stfm.training.genes import make_vocabulary
 
 
 @pytest.fixture(scope="module")
@@ -136,33 +133,3 @@ def test_own_field_changes_an_embedding_and_is_forgotten():
     sf.tl.embed(other, model)
     difference = np.abs(own - other.obsm["X_stfm"]).max() / np.abs(own).max()
     assert 1e-3 < difference < 1.0
-
-
-@pytest.fixture(scope="module")
-def read_slide() -> SlideInputs:
-    adata = sf.datasets.toy(n_spots=120, image=False)
-    counts = adata.X.toarray()
-    counts[:, 0] = 0
-    counts[:3, 0] = 50  # varies, in too few spots to tell places apart
-    counts[:, 1] = 5
-    adata.X = counts
-    vocabulary = make_vocabulary(as_slides(adata), "all")
-    return SlideInputs(as_slides(adata)[0], create("storm-tiny", vocabulary, image=None).inputs, vocabulary)
-
-
-def test_a_slide_tells_by_genes_that_many_spots_have(read_slide, monkeypatch):
-    spots = np.arange(read_slide.n_obs)
-    x = read_slide.expression(spots)
-    detected = (x > 0).mean(axis=0) > 0.1
-    genes = telling_genes(read_slide, spots).numpy()
-    assert (genes == detected).all()  # fewer than 2,000
-    assert not genes[0]
-    monkeypatch.setattr(_storm_field, "_TELLING", 50)
-    best = telling_genes(read_slide, spots).numpy()
-    assert best.sum() == 50
-    assert x.var(axis=0)[best].min() >= x.var(axis=0)[detected & ~best].max()
-
-
-def test_a_slide_of_few_counts_tells_by_all_genes(read_slide, monkeypatch):
-    monkeypatch.setattr(_storm_field, "_DETECTED", 0.999)
-    assert telling_genes(read_slide, np.arange(read_slide.n_obs)) is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import anndata as ad
 import numpy as np
@@ -75,7 +76,7 @@ def test_an_image_alone_is_enough(tissue):
 
 
 def test_it_finds_regions_of_a_patient_it_never_saw_better_than_components(shared_data):
-    """The benchmark has the numbers; here only that what ships is what was measured."""
+    """The benchmark has the numbers; here only that what ships is of use."""
     import scanpy as sc
 
     adata = ad.read_h5ad(shared_data / "h5ad" / "her2st_G2.h5ad")
@@ -89,6 +90,22 @@ def test_it_finds_regions_of_a_patient_it_never_saw_better_than_components(share
     adata.obsm["X_pca"] = counts.obsm["X_pca"]
     found = {}
     for key in ("X_stfm", "X_pca"):
-        sf.tl.spatial_domains(adata, labels[kept].nunique(), method="consensus", use_rep=key, key_added=key[2:])
-        found[key] = sf.metrics.ari(labels[kept], adata.obs[key[2:]][kept])
+        sf.tl.spatial_domains(adata, labels[kept].nunique(), method="consensus", use_rep=key, key_added=f"by_{key}")
+        found[key] = sf.metrics.ari(labels[kept], adata.obs[f"by_{key}"][kept])
     assert found["X_stfm"] > found["X_pca"]
+
+
+def test_what_ships_is_what_was_measured():
+    results = Path(__file__).parents[2] / "benchmarks" / "results" / "default.json"
+    measured = json.loads(results.read_text(encoding="utf-8"))
+    assert measured["model"]["weights_sha256"] == sf.models.load("default").weights_sha256()
+
+
+@pytest.mark.parametrize("batch_size", [1, 7])
+def test_an_embedding_does_not_depend_on_the_batch(tissue, batch_size):
+    whole, parts = tissue[:40].copy(), tissue[:40].copy()
+    sf.tl.embed(whole)
+    sf.tl.embed(parts, batch_size=batch_size)
+    for key in ("X_stfm", "X_stfm_image", "X_stfm_gene", "X_stfm_niche"):
+        size = np.abs(whole.obsm[key]).max()
+        np.testing.assert_allclose(parts.obsm[key], whole.obsm[key], rtol=0, atol=1e-5 * max(1.0, size))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from stfm.models.inputs import SlideInputs
     from stfm.nn.gene_table import GeneTable
 
-__all__ = ["LatentField", "SlideField", "field_of_slide", "fit_field"]
+__all__ = ["LatentField", "fit_field"]
 
 #: neighbours whose products with a spot tell how far a component reaches: four rings of a hexagonal lattice
 _NEIGHBOURS = 60
@@ -35,17 +35,6 @@ _PRIOR = 1000
 #: spots of a slide that are read, those around its middle where there are more
 _MAX_SPOTS = 20_000
 _BATCH = 256
-#: genes that a slide's own field is read from: so many of those detected in this share of its spots ...
-_TELLING, _DETECTED = 2000, 0.1
-#: ... unless fewer than this are, as of cells and small bins
-_FEWEST = 200
-
-
-class SlideField(NamedTuple):
-    """A field as a slide tells it, and the genes that it is read from, bool ``(G,)``; None for all measured ones."""
-
-    field: LatentField
-    genes: Tensor | None = None
 
 
 class LatentField(nn.Module):
@@ -175,56 +164,20 @@ def fit_field(field: LatentField, table: GeneTable, slides: Sequence[SlideInputs
         field.fit([latent for latent, _ in read], [coords for _, coords in read])
 
 
-def field_of_slide(field: LatentField, table: GeneTable, slide: SlideInputs) -> SlideField:
-    """Return a field as training and the slide tell it, read from the genes that tell places of the slide apart."""
-    spots = _read_spots(slide)
-    if len(spots) < 2:
-        return SlideField(field)
-    genes = telling_genes(slide, spots)
-    own = field.adapted(*_read(table, slide, spots, genes))
-    return SlideField(own, None if genes is None else genes.to(table.embedding.device))
-
-
-def telling_genes(slide: SlideInputs, index: NDArray[np.int64]) -> Tensor | None:
-    """Return the genes of highest variance among those detected in more than 10 % of some spots, bool ``(G,)``.
-
-    What a table of 17,000 genes reads of the others on one slide is mostly noise.
-    """
-    values = slide.sparse_expression(index)
-    detected = np.asarray((values > 0).mean(axis=0)).ravel() > _DETECTED
-    if detected.sum() < _FEWEST:
-        return None
-    mean = np.asarray(values.mean(axis=0)).ravel()
-    variance = np.asarray(values.multiply(values).mean(axis=0)).ravel() - mean**2
-    best = np.argsort(-np.where(detected, variance, -1.0), kind="stable")[:_TELLING]
-    genes = torch.zeros(len(detected), dtype=torch.bool)
-    genes[torch.from_numpy(best)] = True
-    return genes & torch.from_numpy(detected)
-
-
-def _read_spots(slide: SlideInputs) -> NDArray[np.int64]:
-    """Return the spots of a slide that are read: those around its middle, if measured."""
+@torch.no_grad()
+def read_latent(table: GeneTable, slide: SlideInputs) -> tuple[NDArray[np.float32], NDArray[np.float64]] | None:
+    """Return what the gene table reads of a slide's spots, with their coordinates; None of fewer than two."""
     places = slide.slide.coords
     middle = np.linalg.norm(places - np.median(places, axis=0), axis=1)
     index = np.sort(np.argsort(middle, kind="stable")[:_MAX_SPOTS])
-    return index if slide.measured is None else index[slide.measured[index]]
-
-
-def read_latent(table: GeneTable, slide: SlideInputs) -> tuple[NDArray[np.float32], NDArray[np.float64]] | None:
-    """Return what the gene table reads of a slide's spots, with their coordinates; None of fewer than two."""
-    spots = _read_spots(slide)
-    return None if len(spots) < 2 else _read(table, slide, spots, None)
-
-
-@torch.no_grad()
-def _read(
-    table: GeneTable, slide: SlideInputs, index: NDArray[np.int64], genes: Tensor | None
-) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
-    """Return what the gene table reads of some spots, from some genes or all, with their coordinates."""
-    panel = torch.from_numpy(slide.measured_genes) if genes is None else genes
+    if slide.measured is not None:
+        index = index[slide.measured[index]]
+    if len(index) < 2:
+        return None
     parts = []
     for start in range(0, len(index), _BATCH):
         rows = index[start : start + _BATCH]
         counts = torch.from_numpy(slide.expression(rows)).to(table.embedding.device)
-        parts.append(table.read(counts, panel.to(counts.device).expand(len(rows), -1)).cpu())
-    return torch.cat(parts).numpy(), slide.slide.coords[index]
+        mask = torch.from_numpy(slide.measured_genes).to(counts.device).expand(len(rows), -1)
+        parts.append(table.read(counts, mask).cpu())
+    return torch.cat(parts).numpy(), places[index]

@@ -242,19 +242,14 @@ class SlideInputs:
         dense = self._expression(indices)
         return dense - self._mean_expression if "gene" in self.spec.centre else dense
 
-    def sparse_expression(self, indices: NDArray[np.int64]) -> sparse.csr_matrix:
-        """Return ``log1p(1e4 c / sum c)`` on the vocabulary as it is, nothing subtracted, CSR float32 ``(b, G)``."""
-        counts, totals = self._counts_of(indices)
-        found: sparse.csr_matrix = log_normalise(counts, totals)
-        return found
-
     def niche_expression(self, indices: NDArray[np.int64]) -> NDArray[np.float32]:
         """Return the same of the mean counts of each spot's niche (ST-Align, eq. 2)."""
         dense = self._niche_expression(indices)
         return dense - self._mean_niche_expression if "gene" in self.spec.centre else dense
 
     def _expression(self, indices: NDArray[np.int64]) -> NDArray[np.float32]:
-        dense: NDArray[np.float32] = self.sparse_expression(indices).toarray()
+        counts, totals = self._counts_of(indices)
+        dense: NDArray[np.float32] = log_normalise(counts, totals).toarray()
         return dense
 
     def _niche_expression(self, indices: NDArray[np.int64]) -> NDArray[np.float32]:

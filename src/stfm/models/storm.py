@@ -13,7 +13,7 @@ from stfm._errors import InputError
 from stfm._validate import check_choice
 from stfm.models._slots import build_gene, build_image, check_batch, fit_gene_encoder, genes_measured
 from stfm.models._storm_calibrate import fit_calibration, fit_expected_variance
-from stfm.models._storm_field import LatentField, SlideField, field_of_slide, fit_field
+from stfm.models._storm_field import LatentField, fit_field, read_latent
 from stfm.models._storm_fit import fit_image_scale, fit_table, fit_window_regression, keep_scaled_features, learn_genes
 from stfm.models._storm_linear import WindowRegression, window_features
 from stfm.models._storm_spatial import Decoder, Shown, SpatialEncoder, draw_masks
@@ -149,7 +149,7 @@ class STORM(Model):
         self.register_buffer("expected_variance", torch.ones(config.gene_width))
         # By the number of a slide: what was made ready, and how far expression reaches on it.
         self._ready: dict[int, SlideInputs] = {}
-        self._fields: dict[int, SlideField] = {}
+        self._fields: dict[int, LatentField] = {}
         self.stage = "mask"
 
     @property
@@ -340,29 +340,28 @@ class STORM(Model):
     def _latent(self, batch: Batch, windows: Windows, encoded: dict[str, Tensor], field: LatentField) -> Tensor:
         """Return the latent expression that each window shares; the decoder's where none of it was measured.
 
-        A component has the size that it has in the expression of the training tissue, the length of its column of gene
-        embeddings; with a field of the slide's own it keeps the size that it has on the slide.
+        A component has the size that it has in expression, the length of its column of gene embeddings.
         """
-        size = 1.0 if self.config.own_field else self.table.embedding.norm(dim=0)
+        size = self.table.embedding.norm(dim=0)
         written = self.gene_decoder(encoded, windows.shown(), windows.bias, middle=True)[:, 0].float()
         if "gene" not in windows.tokens or batch.counts is None:
             return size * written  # type: ignore[no-any-return]
+        latent = self.latent(batch.counts, batch.gene_mask)
         shared = torch.empty_like(written)
         slides = windows.rows.new_zeros(len(written)) if batch.slide_id is None else batch.slide_id[windows.rows[:, 0]]
         for slide in slides.unique().tolist():
             here = slides == slide
-            one, genes = self._field_of(slide, field)
-            panel = batch.gene_mask if genes is None else genes.expand(len(batch.counts), -1)
-            latent = self.latent(batch.counts, panel)
+            one = self._field_of(slide, field)
             shared[here] = one(latent[windows.rows[here]], windows.xy_um[here], windows.gene[here])
-        return size * torch.where(windows.gene.any(dim=1, keepdim=True), shared, written)
+        return size * torch.where(windows.gene.any(dim=1, keepdim=True), shared, written)  # type: ignore[no-any-return]
 
-    def _field_of(self, slide: int, field: LatentField) -> SlideField:
+    def _field_of(self, slide: int, field: LatentField) -> LatentField:
         """Return the field as the slide itself tells it, too, where it was made ready."""
         if not self.config.own_field or slide not in self._ready:
-            return SlideField(field)
+            return field
         if slide not in self._fields:
-            self._fields[slide] = field_of_slide(field, self.table, self._ready[slide])
+            found = read_latent(self.table, self._ready[slide])
+            self._fields[slide] = field if found is None else field.adapted(*found)
         return self._fields[slide]
 
     def predict(self, batch: Batch, *, own: bool = False) -> Prediction:

@@ -74,10 +74,8 @@ class STORMConfig:
         ``"mean"``; or ``"field"``: the latent expression that the window shares, each component averaged as far as it
         reaches (:class:`~stfm.models._storm_field.LatentField`), written by the decoder where nothing was measured.
     own_field
-        Whether the reach of each component (``joint="field"``) is seen on the slide itself, too, and the components
-        are read from the 2,000 genes that vary most among those detected in 10 % of its spots, so that an embedding
-        depends on its slide; a component then has the size that it has there. Off takes reach and size of the training
-        slides, and all genes.
+        Whether the reach of each component (``joint="field"``) is seen on the slide itself, too, so that an embedding
+        depends on its slide; off takes that of the training slides.
     ablation
         ``"full"``; ``"no-neighbours"``: windows of one spot; ``"no-image"``, ``"no-gene"``: one modality;
         ``"no-distance"``: no distance bias; ``"shared-experts"``.
