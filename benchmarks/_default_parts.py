@@ -22,7 +22,8 @@ from stfm.inference.domains import cluster, majority
 from stfm.inference.expression import fit_expression
 from stfm.inference.rings import ring_graphs, ring_means
 from stfm.slide import Slide
-from stfm.slide.genes import Vocabulary, match_genes
+from stfm.slide.gene_match import match_genes
+from stfm.slide.genes import Vocabulary
 
 Lines = list[dict[str, Any]]
 Step = Iterator[tuple[Lines, Lines]]

@@ -21,7 +21,8 @@ import stfm as sf
 from stfm.inference.contexts import context_features, surround
 from stfm.inference.expression import RANKS, fit_expression
 from stfm.slide import Slide, as_slides
-from stfm.slide.genes import Vocabulary, match_genes
+from stfm.slide.gene_match import match_genes
+from stfm.slide.genes import Vocabulary
 from stfm.slide.normalise import log_normalise
 
 Features = Callable[[Slide], np.ndarray]

@@ -13,7 +13,8 @@ import numpy as np
 
 import stfm as sf
 from stfm.slide import Slide
-from stfm.slide.genes import Vocabulary, match_genes
+from stfm.slide.gene_match import match_genes
+from stfm.slide.genes import Vocabulary
 
 N_GENES, N_COMPONENTS = 50, 256
 MIN_SPOTS = 0.1

@@ -19,7 +19,8 @@ from scipy.spatial import cKDTree
 import stfm as sf
 from stfm.inference.rings import ring_graphs, ring_means
 from stfm.slide import Slide, as_slides
-from stfm.slide.genes import Vocabulary, match_genes
+from stfm.slide.gene_match import match_genes
+from stfm.slide.genes import Vocabulary
 from stfm.training.recipes import RECIPES
 
 NAME = "ST (breast, bulb)", "Visium (cortex 151673, 151674)"

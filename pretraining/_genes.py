@@ -10,7 +10,8 @@ import numpy as np
 import pandas as pd
 
 from stfm.slide import Slide
-from stfm.slide.genes import Vocabulary, match_genes
+from stfm.slide.gene_match import match_genes
+from stfm.slide.genes import Vocabulary
 
 
 def orthologues() -> pd.DataFrame:

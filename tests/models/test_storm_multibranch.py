@@ -449,13 +449,15 @@ class TestPrediction:
         halves = np.arange(N_GENES) < 20, (np.arange(N_GENES) >= 10) & (np.arange(N_GENES) < 30)
         slides = [
             SimpleNamespace(
-                has_gene=True, has_image=False, n_obs=9, match=SimpleNamespace(mask=mask), measured_genes=mask,
+                has_gene=True, has_image=shown, n_obs=9, match=SimpleNamespace(mask=mask), measured_genes=mask,
                 expression=lambda index: rng.random((len(index), N_GENES), dtype=np.float32),
+                tiles=lambda index, level: rng.integers(0, 256, (len(index), 4, 4, 3), dtype=np.uint8),
             )
-            for mask in halves
+            for mask, shown in zip(halves, (False, True), strict=True)
         ]  # fmt: skip
         model.fit_inputs(slides)
         assert model.written_genes().nonzero()[0].tolist() == list(range(30))
+        assert model.paired_genes().nonzero()[0].tolist() == list(range(10, 30))
 
 
 class TestFineTuning:

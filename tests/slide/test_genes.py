@@ -12,14 +12,9 @@ from hypothesis import strategies as st
 from scipy import sparse
 
 from stfm.errors import InputError, MissingKeyError, StfmWarning
-from stfm.slide.genes import (
-    Panel,
-    Vocabulary,
-    check_counts,
-    detect_species,
-    log_normalise,
-    match_genes,
-)
+from stfm.slide.gene_match import match_genes
+from stfm.slide.genes import Panel, Vocabulary, detect_species
+from stfm.slide.normalise import check_counts, log_normalise
 
 HUMAN = ["EPCAM", "COL1A1", "CD3E", "C1orf112", "MT-CO1", "ACTB"]
 MOUSE = ["Epcam", "Col1a1", "Cd3e", "0610007N19Rik", "mt-Co1", "Actb"]
@@ -85,7 +80,7 @@ def test_too_few_matches_name_examples():
     panel = Panel(["EPCAM", *[f"XX{i}" for i in range(9)]])
     vocabulary = Vocabulary(["EPCAM", *[f"YY{i}" for i in range(9)]])
     with pytest.raises(InputError, match=r"lower min_fraction"):
-        match_genes(panel, vocabulary, lowerable=True)
+        match_genes(panel, vocabulary, can_lower=True)
     with pytest.raises(InputError, match=r"only 1 of 10 genes match((?!min_fraction).)*$"):
         match_genes(panel, vocabulary)
     assert match_genes(panel, vocabulary, min_fraction=0.1).n_matched == 1

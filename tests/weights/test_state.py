@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 import stfm as sf
-from stfm.errors import DataIntegrityError, MissingKeyError
+from stfm.errors import DataIntegrityError, InputError, MissingKeyError
 from stfm.weights.state import check_finite
 
 STATE = {"a.weight": torch.arange(6.0).reshape(2, 3), "a.bias": torch.ones(2)}
@@ -45,6 +45,14 @@ def test_safetensors(tmp_path):
     (tmp_path / "w.safetensors").write_bytes(whole[:-3])
     with pytest.raises(DataIntegrityError, match="not a readable safetensors file"):
         sf.weights.read_state(tmp_path / "w.safetensors")
+
+
+def test_a_folder_is_no_file_of_weights(tmp_path):
+    (tmp_path / "w.safetensors").mkdir()
+    with pytest.raises(InputError, match="is a folder; give the file"):
+        sf.weights.read_state(tmp_path / "w.safetensors")
+    with pytest.raises(MissingKeyError, match="no weights file"):
+        sf.weights.read_state(tmp_path / "absent.safetensors")
 
 
 class _Evil:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 from stfm._errors import InputError, WrongTypeError
 from stfm._validate import check_count, did_you_mean
 from stfm.encoders.base import Encoder, ImageEncoder
-from stfm.encoders.checkpoint import check_there
+from stfm.encoders.checkpoint import check_found
 from stfm.encoders.registry import ENCODERS, custom_spec
 from stfm.encoders.spec import INPUT_FIELDS, EncoderSpec
 
@@ -98,7 +98,7 @@ def build_encoder(
     if callable(name):
         arguments["function"] = name
     if weights is not None and weights != "hub":
-        check_there(weights)
+        check_found(weights)
     encoder = factory(spec, **arguments)
     if weights is not None:
         encoder.load_weights(_place(encoder.spec, weights))

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from stfm._errors import DataIntegrityError, MissingKeyError
-from stfm.weights.state import check_finite, read_state, unwrap
+from stfm._errors import DataIntegrityError
+from stfm.weights.state import check_finite, check_there, read_state, unwrap
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-__all__ = ["check_there", "load_strictly"]
+__all__ = ["check_found", "load_strictly"]
 
 #: what stands before the place of weights that are fetched
 REMOTE = ("hub:", "https://", "http://")
@@ -76,7 +76,7 @@ def _of_saved_model(folder: Path) -> dict[str, Tensor]:
     return inside
 
 
-def check_there(source: str | Path | Mapping[str, Tensor]) -> None:
+def check_found(source: str | Path | Mapping[str, Tensor]) -> None:
     """Refuse a file of weights that is not there, before a network is made for it.
 
     Parameters
@@ -84,20 +84,19 @@ def check_there(source: str | Path | Mapping[str, Tensor]) -> None:
     source
         As of :func:`load_strictly`; what is fetched is not looked for.
     """
+    if not isinstance(source, Mapping) and not _is_fetched(source):
+        check_there(Path(source).expanduser())
+
+
+def _is_fetched(source: str | Path) -> bool:
+    """Return whether weights are named by an address or a row of the table of weights."""
     from stfm.weights import WEIGHTS
 
-    if isinstance(source, Mapping) or (isinstance(source, str) and (source.startswith(REMOTE) or source in WEIGHTS)):
-        return
-    if not Path(source).expanduser().exists():
-        msg = f"There is no weights file {source}."
-        raise MissingKeyError(msg)
+    return isinstance(source, str) and (source.startswith(REMOTE) or source in WEIGHTS)
 
 
 def _local(source: str | Path, *, gated: bool) -> Path:
     """Return where a file or a folder lies on this machine; what lies elsewhere is fetched."""
-    if isinstance(source, str):
-        from stfm.weights import WEIGHTS, locate
+    from stfm.weights import locate
 
-        if source.startswith(REMOTE) or source in WEIGHTS:
-            return Path(locate(source, gated=gated))
-    return Path(source)
+    return Path(locate(str(source), gated=gated)) if _is_fetched(source) else Path(source)

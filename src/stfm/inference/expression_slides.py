@@ -14,7 +14,8 @@ from stfm.inference.expression import RANKS, ExpressionPredictor, fit_expression
 from stfm.inference.features import encoder_fingerprint
 from stfm.inference.predict import nearest_genes
 from stfm.metrics._protocols import GENE_SETS, select_genes
-from stfm.slide.genes import Panel, Vocabulary, match_genes
+from stfm.slide.gene_match import match_genes
+from stfm.slide.genes import Panel, Vocabulary
 from stfm.slide.normalise import log_normalise
 
 if TYPE_CHECKING:

@@ -12,7 +12,6 @@ from stfm._progress import progress
 from stfm.inference.features import use_frozen_features
 from stfm.inference.stream import run_blocks
 from stfm.models.inputs import SlideInputs
-from stfm.slide.genes import id_key
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from stfm.models.base import Model
-    from stfm.slide.genes import Vocabulary
     from stfm.slide.slide import Slide
 
 __all__ = ["genes_written", "nearest_genes", "predict_slides"]
@@ -112,7 +110,7 @@ def genes_written(
     if not asked:
         msg = "genes is empty; name at least one."
         raise InputError(msg)
-    place = _places(model.vocabulary, asked)
+    place = model.vocabulary.find(asked)
     if absent := [gene for gene, i in zip(asked, place, strict=True) if i is None]:
         msg = f"the model does not know gene {absent[0]!r}. {nearest_genes(absent[0], names)}"
         raise InputError(msg)
@@ -126,20 +124,6 @@ def genes_written(
         )
         raise InputError(msg)
     return asked, chosen
-
-
-def _places(vocabulary: Vocabulary, genes: Sequence[str]) -> list[int | None]:
-    """Return where genes stand in a vocabulary by name, Ensembl id or that of their orthologue; None: nowhere."""
-    place: dict[str, int] = {}
-    for keys in (
-        [str(name).upper() for name in vocabulary.names],
-        vocabulary.panel.id_keys,
-        vocabulary.orthologue_keys,
-    ):
-        for i, key in enumerate(keys):
-            if key:
-                place.setdefault(key, i)
-    return [place.get(gene.upper(), place.get(id_key(gene))) for gene in genes]
 
 
 def _check_once(genes: Sequence[str], places: NDArray[np.int64]) -> None:

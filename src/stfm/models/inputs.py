@@ -12,8 +12,10 @@ import torch
 
 from stfm._errors import InputError
 from stfm.nn.batch import Batch
-from stfm.slide.genes import GeneMatch, Vocabulary, log_normalise, match_genes
+from stfm.slide.gene_match import GeneMatch, match_genes
+from stfm.slide.genes import Vocabulary
 from stfm.slide.niches import NicheTable, niche_mean
+from stfm.slide.normalise import log_normalise
 from stfm.slide.windows import window_table
 
 if TYPE_CHECKING:

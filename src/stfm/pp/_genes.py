@@ -11,8 +11,9 @@ import numpy as np
 from stfm._errors import WrongTypeError
 from stfm._logging import get_logger
 from stfm._validate import check_choice
-from stfm.slide.genes import GeneMatch, Panel, Vocabulary
-from stfm.slide.genes import match_genes as match_panel
+from stfm.slide.gene_match import GeneMatch
+from stfm.slide.gene_match import match_genes as match_panel
+from stfm.slide.genes import Panel, Vocabulary
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -70,7 +71,7 @@ def match_genes(
     if not hasattr(adata, "var"):
         raise WrongTypeError(f"adata must be AnnData, got {type(adata).__name__}.")
     panel = Panel.from_var(adata.var, var_key=var_key, species=species)
-    match = match_panel(panel, _vocabulary(vocabulary), min_fraction=min_fraction, lowerable=True)
+    match = match_panel(panel, _vocabulary(vocabulary), min_fraction=min_fraction, can_lower=True)
     logger.info(match.report)
     return match
 

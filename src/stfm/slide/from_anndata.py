@@ -20,8 +20,9 @@ from stfm._errors import DataIntegrityError, InputError, MissingKeyError, StfmWa
 from stfm._keys import LIBRARY_COLUMNS, NICHE, PATIENT, SPATIAL, STUDY, TILES, UNNAMED, UNS
 from stfm._validate import did_you_mean
 from stfm.slide.counts import Counts
-from stfm.slide.genes import Panel, check_counts
+from stfm.slide.genes import Panel
 from stfm.slide.niches import NicheTable
+from stfm.slide.normalise import check_counts
 from stfm.slide.platforms import get_platform
 from stfm.slide.readers import open_image
 from stfm.slide.slide import Slide

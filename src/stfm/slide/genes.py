@@ -1,14 +1,8 @@
-"""Gene panels, model vocabularies, and how the one is matched to the other.
-
-A panel is the list of genes that a slide measured; a vocabulary is the list that a model knows. Genes are matched by
-Ensembl id first (version stripped) and by symbol second (case-insensitive); a mouse panel meets a human vocabulary by
-orthologue symbol, that is the upper-cased one, and the report says so.
-"""
+"""Gene panels and model vocabularies: the genes that a slide measured, and those that a model knows."""
 
 from __future__ import annotations
 
 import re
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -18,24 +12,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import sparse
 
-from stfm._errors import InputError, MissingKeyError, StfmWarning
-from stfm.slide.normalise import check_counts, log_normalise
+from stfm._errors import InputError, MissingKeyError
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = [
-    "GeneMatch",
-    "Panel",
-    "Species",
-    "Vocabulary",
-    "check_counts",
-    "detect_species",
-    "log_normalise",
-    "match_genes",
-]
+__all__ = ["Panel", "Species", "Vocabulary", "detect_species"]
 
 Species = Literal["human", "mouse"]
 
@@ -67,6 +50,11 @@ def symbol_key(name: str) -> str:
     """Upper-cased symbol without a genome prefix; empty for Ensembl ids and missing values."""
     bare = _GENOME_PREFIX.sub("", name.strip())
     return "" if _ENSEMBL.match(bare) or bare.lower() in {"", "nan", "none"} else bare.upper()
+
+
+def first_places(keys: Sequence[str]) -> dict[str, int]:
+    """Return where each key that is not empty stands first."""
+    return {key: i for i, key in reversed(list(enumerate(keys))) if key}
 
 
 def ensembl_share(names: Sequence[str] | NDArray[np.str_]) -> float:
@@ -260,6 +248,13 @@ class Vocabulary:
         """Normalised Ensembl id of the orthologue a gene, empty where unknown."""
         return [] if self.orthologues is None else [id_key(name) for name in self.orthologues]
 
+    def find(self, genes: Iterable[str]) -> list[int | None]:
+        """Return where genes stand by name, Ensembl id or that of their orthologue; None where they do not."""
+        routes = ([str(name).upper() for name in self.names], self.panel.id_keys, self.orthologue_keys)
+        by_name, *by_id = (first_places(keys) for keys in routes)
+        places = {key: place for found in reversed(by_id) for key, place in found.items()}
+        return [by_name.get(gene.upper(), places.get(id_key(gene))) for gene in genes]
+
     @classmethod
     def from_panels(cls, panels: Iterable[Panel], *, mode: Literal["union", "intersection"] = "union") -> Vocabulary:
         """Vocabulary of several panels; a gene is one entry when it shares an Ensembl id or a symbol.
@@ -328,167 +323,3 @@ class Vocabulary:
         species: Species | None = "human" if "human" in notes else "mouse" if "mouse" in notes else None
         others = _strings(orthologues) if any(orthologues) else None
         return cls(_strings(names), _strings(ids) if any(ids) else None, species, others)
-
-
-@dataclass(frozen=True)
-class GeneMatch:
-    """Which column of a slide's counts is which gene of a vocabulary.
-
-    Attributes
-    ----------
-    source_index, target_index
-        Columns of the counts and positions in the vocabulary, paired; int64, sorted by position.
-    n_matched, n_panel, n_vocabulary
-        Numbers of genes.
-    fraction
-        ``n_matched / min(n_panel, n_vocabulary)``: a 300-gene panel inside a vocabulary of 18,000 is a full match.
-    via
-        ``"ensembl id"``, ``"orthologue's ensembl id"``, ``"symbol"``, or several of these.
-    species_note
-        Said where panel and vocabulary are of two species, else ``None``.
-    unmatched
-        A few genes of the panel that have no place in the vocabulary.
-    """
-
-    source_index: NDArray[np.int64]
-    target_index: NDArray[np.int64]
-    n_matched: int
-    n_panel: int
-    n_vocabulary: int
-    fraction: float
-    via: str
-    species_note: str | None
-    unmatched: tuple[str, ...]
-
-    @property
-    def mask(self) -> NDArray[np.bool_]:
-        """Bool ``(n_vocabulary,)``: the genes that the slide measured."""
-        measured = np.zeros(self.n_vocabulary, dtype=bool)
-        measured[self.target_index] = True
-        return measured
-
-    @property
-    def report(self) -> str:
-        """One line for a person: how many matched, by what, and what did not."""
-        line = (
-            f"{self.n_matched:,} of {self.n_vocabulary:,} vocabulary genes measured "
-            f"({self.n_panel:,} in the panel; matched by {self.via})"
-        )
-        if self.species_note:
-            line += f"; {self.species_note}"
-        if self.unmatched:
-            line += f"; not in the vocabulary: {', '.join(self.unmatched)}"
-        return line
-
-    def take(self, counts: sparse.csr_matrix | sparse.csr_array) -> sparse.csr_matrix:
-        """Columns of CSR counts in the order of the vocabulary, absent genes empty: CSR ``(n, n_vocabulary)``."""
-        target = np.full(counts.shape[1], -1, dtype=np.int64)
-        target[self.source_index] = self.target_index
-        columns = target[counts.indices]
-        keep = columns >= 0
-        row_of = np.repeat(np.arange(counts.shape[0]), np.diff(counts.indptr))[keep]
-        indptr = np.concatenate([[0], np.cumsum(np.bincount(row_of, minlength=counts.shape[0]))])
-        taken = sparse.csr_matrix(
-            (counts.data[keep], columns[keep], indptr), shape=(counts.shape[0], self.n_vocabulary)
-        )
-        taken.sort_indices()
-        return taken
-
-
-def match_genes(
-    panel: Panel, vocabulary: Vocabulary, *, min_fraction: float = 0.2, lowerable: bool = False
-) -> GeneMatch:
-    """Match the genes of a slide to those of a model.
-
-    Parameters
-    ----------
-    panel
-        Genes of the slide. Of a gene that is listed twice the first column counts.
-    vocabulary
-        Genes of the model.
-    min_fraction
-        Smallest acceptable share of ``min(n_panel, n_vocabulary)``.
-    lowerable
-        Whether the message may advise to lower ``min_fraction``: only where whoever reads it can give it.
-
-    Raises
-    ------
-    InputError
-        Less than ``min_fraction`` matched; the message shows genes of either side. The panel has no genes.
-
-    Warns
-    -----
-    StfmWarning
-        Several columns name one gene; the message says how many are left out.
-    """
-    if len(panel) == 0:
-        raise InputError("the data have no genes to match (n_vars is 0); give an object with counts.")
-    if not 0 <= min_fraction <= 1:
-        raise InputError(f"min_fraction must lie between 0 and 1, not {min_fraction}")
-    known = vocabulary.panel
-    taken = np.full(len(vocabulary), -1, dtype=np.int64)  # column of the counts for every vocabulary gene
-    used = np.zeros(len(panel), dtype=bool)
-    routes = []
-    doubled: dict[int, None] = {}  # columns whose gene an earlier one stands for
-    for route, sources, targets in (
-        ("ensembl id", panel.id_keys, known.id_keys),
-        ("orthologue's ensembl id", panel.id_keys, vocabulary.orthologue_keys),
-        ("symbol", panel.symbol_keys, known.symbol_keys),
-    ):
-        position = {key: i for i, key in reversed(list(enumerate(targets))) if key}
-        before = int(used.sum())
-        for column, key in enumerate(sources):
-            place = position.get(key, -1) if key else -1
-            if place >= 0 and taken[place] < 0 and not used[column]:
-                taken[place], used[column] = column, True
-            elif place >= 0 and not used[column]:
-                doubled[column] = None
-        if used.sum() > before:
-            routes.append(route)
-    _tell_doubled(panel, [column for column in doubled if not used[column]])
-    target_index = np.flatnonzero(taken >= 0)
-    smaller = min(len(panel), len(vocabulary))
-    note = None
-    if panel.species and vocabulary.species and panel.species != vocabulary.species:
-        how = "Ensembl id" if "orthologue's ensembl id" in routes else "upper-cased symbol"
-        note = f"{panel.species} genes taken as {vocabulary.species} orthologues by {how}"
-    match = GeneMatch(
-        source_index=taken[target_index],
-        target_index=target_index.astype(np.int64),
-        n_matched=len(target_index),
-        n_panel=len(panel),
-        n_vocabulary=len(vocabulary),
-        fraction=len(target_index) / smaller if smaller else 0.0,
-        via=" and ".join(routes) or "nothing",
-        species_note=note,
-        unmatched=tuple(str(name) for name in panel.names[~used][:5]),
-    )
-    if match.n_matched == 0 or match.fraction < min_fraction:
-        raise InputError(_mismatch(match, panel, vocabulary, min_fraction if lowerable else None))
-    return match
-
-
-def _tell_doubled(panel: Panel, columns: list[int]) -> None:
-    """Warn of columns that are left out because an earlier one has their gene."""
-    if columns:
-        name = panel.names[min(columns)] if panel.symbols is None else panel.symbols[min(columns)]
-        msg = (
-            f"{len(columns)} of {len(panel):,} genes are listed twice or more ({str(name)!r} first); of each the first "
-            "column counts, the others are left out. Add their counts up beforehand if they should not be lost."
-        )
-        warnings.warn(msg, StfmWarning, stacklevel=3)
-
-
-def _mismatch(match: GeneMatch, panel: Panel, vocabulary: Vocabulary, min_fraction: float | None) -> str:
-    advice = "put the symbols or Ensembl ids that both have into adata.var_names, or a column gene_symbols or gene_ids"
-    ids_only = not any(panel.symbol_keys) or not any(vocabulary.panel.symbol_keys)
-    if match.species_note and ids_only:
-        advice = f"a {panel.species} panel meets a {vocabulary.species} vocabulary by symbol only: {advice}"
-    elif ids_only and not (any(panel.id_keys) and any(vocabulary.panel.id_keys)):
-        advice = f"one has Ensembl ids only, the other symbols only: {advice}"
-    elif match.n_matched and min_fraction is not None:
-        advice += f", or lower min_fraction (now {min_fraction})"
-    return (
-        f"only {match.n_matched} of {min(match.n_panel, match.n_vocabulary):,} genes match the vocabulary; the data "
-        f"have {', '.join(match.unmatched) or 'no genes'}, the vocabulary {', '.join(vocabulary.names[:5])}; {advice}"
-    )

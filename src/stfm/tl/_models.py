@@ -12,7 +12,7 @@ from stfm.models.registry import MODELS, load
 from stfm.weights._fetch import path
 from stfm.weights.registry import WEIGHTS
 
-__all__ = ["DEFAULT", "check_named", "resolve_model"]
+__all__ = ["DEFAULT", "resolve_model"]
 
 #: row of the weights that are taken where no model is given
 DEFAULT = "default"
@@ -56,28 +56,9 @@ def resolve_model(model: Any) -> tuple[Model, str]:
             "and give the model, or the folder that it was saved to."
         )
         raise InputError(msg)
-    msg = (
-        f"There is no folder {model!s} with a saved model. {did_you_mean(str(model), _loadable(), also=MODELS.names())}"
-    )
+    loadable = [spec.name for spec in WEIGHTS if spec.kind == "model"]
+    msg = f"There is no folder {model!s} with a saved model. {did_you_mean(str(model), loadable, also=MODELS.names())}"
     raise MissingKeyError(msg)
-
-
-def _loadable() -> list[str]:
-    """Return the names of the weights that are those of whole models."""
-    return [spec.name for spec in WEIGHTS if spec.kind == "model"]
-
-
-def check_named(source: str | Path) -> None:
-    """Refuse what is neither the name of a model's weights nor a folder, with the names most like it.
-
-    Parameters
-    ----------
-    source
-        Folder or name.
-    """
-    if not (isinstance(source, str) and source in WEIGHTS) and not Path(source).expanduser().exists():
-        msg = f"There is no folder {source!s} with a saved model. {did_you_mean(str(source), _loadable())}"
-        raise MissingKeyError(msg)
 
 
 def _check_default() -> None:
@@ -86,6 +67,7 @@ def _check_default() -> None:
         path(DEFAULT)
     except InputError as error:
         msg = (
-            "No weights come with this version: give model= a trained model (sf.tl.train) or the folder of a saved one."
+            "The default's weights do not come with this version: give a trained model (sf.tl.train) "
+            "or the folder of a saved one."
         )
         raise InputError(msg) from error

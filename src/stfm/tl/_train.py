@@ -15,16 +15,15 @@ from stfm._validate import resolve_rng
 from stfm.inference.features import use_frozen_features
 from stfm.models._card import About
 from stfm.models.base import Model
-from stfm.models.registry import class_of, create, load, nearest_name
+from stfm.models.registry import class_of, create, nearest_name
 from stfm.slide.read import as_slides
 from stfm.slide.slide import check_counted
-from stfm.tl._models import check_named
+from stfm.tl._models import resolve_model
 from stfm.training.engine import fit_stages, resolve_accelerator, resolve_precision
 from stfm.training.genes import make_vocabulary
 from stfm.training.recipes import resolve_recipe
 from stfm.training.split import split_slides
 from stfm.training.tune import check_tune, tuned_stages
-from stfm.weights.registry import WEIGHTS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -253,9 +252,8 @@ def _start(model: Any, init: Model | str | Path | None, config: Mapping[str, Any
     if not isinstance(source, (str, Path)):
         msg = f"init must be a model or the folder of a saved one, got {type(source).__name__}."
         raise WrongTypeError(msg)
-    check_named(source)
-    named = isinstance(source, str) and source in WEIGHTS
-    return _adapted(load(source), WEIGHTS.get(str(source)).label if named else Path(source).resolve().name)
+    made, where = resolve_model(source)
+    return _adapted(made, Path(where).name)  # of a folder no more than its name, since the card is to be shared
 
 
 def _adapted(model: Model, name: str) -> Model:

@@ -9,7 +9,8 @@ import numpy as np
 
 from stfm._errors import InputError
 from stfm._validate import check_count
-from stfm.slide.genes import Vocabulary, match_genes
+from stfm.slide.gene_match import match_genes
+from stfm.slide.genes import Vocabulary
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -7,7 +7,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
-from stfm._errors import DataIntegrityError, MissingKeyError
+from stfm._errors import DataIntegrityError, InputError, MissingKeyError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -44,14 +44,24 @@ def read_state(path: str | Path, *, nested: bool = False) -> dict[str, Tensor]:
     ------
     MissingKeyError
         There is no such file.
+    InputError
+        It is a folder.
     DataIntegrityError
         It is damaged, holds code, or holds something else than tensors.
     """
     path = Path(path).expanduser()
-    if not path.is_file():
+    check_there(path)
+    if path.is_dir():
+        msg = f"{path} is a folder; give the file of weights in it."
+        raise InputError(msg)
+    return unwrap(_opened(path), str(path), nested=nested)
+
+
+def check_there(path: Path) -> None:
+    """Refuse a file, or the folder of a saved model, that is not there."""
+    if not path.exists():
         msg = f"There is no weights file {path}."
         raise MissingKeyError(msg)
-    return unwrap(_opened(path), str(path), nested=nested)
 
 
 def _opened(path: Path) -> Any:
