@@ -130,7 +130,7 @@ def test_a_new_model_keeps_what_was_said_of_it(tissue):
 def test_a_version_without_the_default_says_what_to_do(tissue):
     adata = tissue.copy()
     for give in (None, "default"):
-        with pytest.raises(InputError, match=r"weights do not come with this version: give a trained model \(sf\.tl\.train"):
+        with pytest.raises(InputError, match=r"do not come with this version: give a trained model \(sf\.tl\.train"):
             sf.tl.embed(adata, give)
     assert "X_stfm" not in adata.obsm
     with pytest.raises(InputError, match="do not come with this version"):
