@@ -12,10 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import pandas as pd
+import pandas as pd
 
 #: columns that tell the lines of a table apart
 KEYS = ("protocol", "mode", "section", "slide", "source", "target", "row", "seed", "k")
@@ -107,6 +106,8 @@ def in_new_process(script: str, *args: str) -> dict[str, Any]:
 def joined(scores: pd.DataFrame, folders: Sequence[Path], name: str) -> pd.DataFrame:
     """Return the scores of a run beside those of others, so that rows, protocols and seeds may run at different times.
 
+    Each line carries the commit and the day of the run that measured it.
+
     Parameters
     ----------
     scores
@@ -117,12 +118,29 @@ def joined(scores: pd.DataFrame, folders: Sequence[Path], name: str) -> pd.DataF
     name
         Of the table.
     """
-    import pandas as pd
-
-    earlier = [pd.DataFrame(json.loads((f / f"{name}.json").read_text("utf-8"))["scores"]) for f in folders]
-    whole = pd.concat([*earlier, scores], ignore_index=True)
+    earlier = [json.loads((folder / f"{name}.json").read_text("utf-8")) for folder in folders]
+    parts = [_dated(pd.DataFrame(one["scores"]), one["run"]) for one in earlier]
+    whole = pd.concat([*parts, _dated(scores, run_record())], ignore_index=True)
     keys = [key for key in KEYS if key in whole]
     return whole[keys].drop_duplicates().merge(whole.drop_duplicates(keys, keep="last"), on=keys)  # order of the first
+
+
+def _dated(scores: pd.DataFrame, run: Mapping[str, Any]) -> pd.DataFrame:
+    """Return lines with the commit and the day of their run, where they do not carry those of an earlier one."""
+    if scores.empty:
+        return scores
+    dated = scores.copy()
+    for key, value in (("commit", str(run["commit"])), ("day", run["date"].split()[0])):
+        dated[key] = dated[key].fillna(value) if key in dated else value
+    return dated
+
+
+def _measured(scores: Sequence[Mapping[str, Any]], here: str) -> str:
+    """Return at which commits the lines of a table were measured; nothing where that is where it was written."""
+    found = sorted({(line["day"], line["commit"][:8]) for line in scores if "commit" in line})
+    if all(here.startswith(commit) for _, commit in found):
+        return ""
+    return "\n\nLines were measured at " + ", ".join(f"{commit} ({day})" for day, commit in found) + "."
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
@@ -149,5 +167,6 @@ def write(stem: str | Path, result: Mapping[str, Any], text: str, *, seed: int |
     path.write_text(json.dumps({"benchmark": stem.name, "run": run, **result}, indent=1, default=float) + "\n", "utf-8")
     machine = run["machine"]
     head = f"{run['date']}, commit {str(run['commit'])[:8]}, {machine['processor']}, {machine['cores']} cores"
+    head += _measured(result.get("scores", ()), str(run["commit"]))
     stem.with_suffix(".md").write_text(f"# {stem.name}\n\n{head}\n\n{text}\n", "utf-8")
     return path
