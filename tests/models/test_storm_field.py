@@ -9,7 +9,9 @@ import pytest
 import torch
 
 import stfm as sf
-from stfm.models._storm_field import LatentField
+from stfm.errors import InputError
+from stfm.models._storm_field import LatentField, lags, read_latent
+from stfm.models._storm_fit import Sample
 from stfm.models.inputs import SlideInputs
 from stfm.models.storm_config import STORMConfig
 from stfm.slide import as_slides
@@ -133,3 +135,35 @@ def test_own_field_changes_an_embedding_and_is_forgotten():
     sf.tl.embed(other, model)
     difference = np.abs(own - other.obsm["X_stfm"]).max() / np.abs(own).max()
     assert 1e-3 < difference < 1.0
+
+
+def test_the_graph_of_the_gene_table_is_the_ring_of_each_slide(grid):
+    hexagonal = np.array([[2 * x + y % 2, y * 3**0.5] for y in range(12) for x in range(10)]) * 50.0
+    apart = np.array([[0.0, 0.0]])
+    none = torch.empty(0)
+    graph = Sample(none, none, None, none, [grid, hexagonal, apart]).graph().to_dense()
+    n, m = len(grid), len(hexagonal)
+    torch.testing.assert_close(graph, graph.T)
+    assert float(graph[:n, :n].sum()) == pytest.approx(n, rel=1e-4)
+    assert float(graph[n : n + m, n : n + m].sum()) == pytest.approx(m, rel=1e-4)
+    assert float(graph[:n, n:].abs().sum() + graph[-1].abs().sum()) == 0.0
+    middle = (graph[12 * 24 + 12] > 0).sum(), (graph[n + 55] > 0).sum()
+    assert middle == (8, 6)  # a square with its corners, a hexagon
+
+
+def test_a_table_of_neighbours_tells_the_tissue_better():
+    adata = sf.datasets.toy(n_spots=400, n_patients=1, rng=1)
+    slides = as_slides(adata, modalities=("gene",))
+    found = {}
+    for directions in ("variance", "neighbours"):
+        config = {"image": None, "linear_blend": 0.0, "gene_width": 4, "gene_directions": directions}
+        model = sf.tl.train(slides, "storm-tiny", stage="mask", config=config, epochs=1, lr=1e-12, validation=None)
+        inputs = SlideInputs(slides[0], model.inputs, model.vocabulary)
+        latent, coords = read_latent(model.table, inputs)
+        table, lag, _ = lags(coords)
+        i, k = np.nonzero(lag == 1)
+        centred = (latent - latent.mean(axis=0)) / latent.std(axis=0)
+        found[directions] = float((centred[i] * centred[table.index[i, k]]).mean())
+    assert found["neighbours"] > found["variance"] + 0.05
+    with pytest.raises(InputError, match="gene_directions"):
+        STORMConfig(gene_directions="rings")

@@ -8,6 +8,7 @@ import torch
 
 from stfm._errors import InputError
 from stfm.nn.gene_table import GeneTable
+from stfm.nn.principal import shared_components
 
 G, WIDTH, N = 1200, 6, 500
 
@@ -199,3 +200,42 @@ def test_directions_within_slides_leave_out_what_sets_slides_apart(x: torch.Tens
     kept = [float((known.T @ torch.linalg.qr(t.embedding)[0]).square().sum() / WIDTH) for t in (all_, within)]
     assert kept[1] > 0.95
     assert kept[0] < 0.9
+
+
+def chain(n: int) -> torch.Tensor:
+    """Return the graph of a row of spots, each the neighbour of the next, with entries that sum to n."""
+    i = torch.arange(n - 1)
+    places = torch.cat([torch.stack([i, i + 1]), torch.stack([i + 1, i])], dim=1)
+    return torch.sparse_coo_tensor(places, torch.full((2 * n - 2,), n / (2 * n - 2)), (n, n), check_invariants=True)
+
+
+def test_shared_directions_are_those_of_the_dense_problem():
+    z = torch.randn(300, 40, generator=torch.Generator().manual_seed(0)).cumsum(dim=0)
+    z = z - z.mean(dim=0)
+    graph = chain(300)
+    dense = z.T @ (graph.to_dense() + 0.3 * torch.eye(300)) @ z / 300
+    values, vectors = torch.linalg.eigh(dense)
+    deviation, directions = shared_components(z, graph, 4, own=0.3)
+    torch.testing.assert_close(deviation.square(), values.flip(0)[:4], rtol=1e-3, atol=0.0)
+    overlap = (directions @ vectors.flip(1)[:, :4]).abs()
+    torch.testing.assert_close(overlap, torch.eye(4), atol=1e-2, rtol=0.0)
+
+
+def test_directions_of_neighbours_leave_out_what_they_do_not_share():
+    generator = torch.Generator().manual_seed(0)
+    place = torch.linspace(0, 12, N)
+    # Two programmes that change over the tissue, and two stronger ones that each spot has for itself.
+    programmes = torch.stack([place.sin(), place.cos(), *torch.randn(2, N, generator=generator)], dim=1)
+    loadings = torch.randn(G, 4, generator=generator) * torch.tensor([1.0, 1.0, 1.5, 1.5])
+    x = 3.0 + 0.2 * (programmes @ loadings.T + torch.randn(N, G, generator=generator))
+    totals = torch.full((N,), 5000.0)
+    found = {}
+    for name, graph in (("variance", None), ("neighbours", chain(N))):
+        torch.manual_seed(0)
+        table = GeneTable(G, 2, likelihood="gaussian").requires_grad_(False)
+        table.fit(x, totals, graph=graph)
+        u = torch.linalg.qr(table.read(x) - table.read(x).mean(dim=0))[0]
+        tissue = torch.linalg.qr(programmes[:, :2] - programmes[:, :2].mean(dim=0))[0]
+        found[name] = float((u.T @ tissue).square().sum() / 2)
+    assert found["variance"] < 0.1
+    assert found["neighbours"] > 0.8

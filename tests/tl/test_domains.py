@@ -96,11 +96,13 @@ def test_a_view_becomes_an_object_of_its_own():
         ({"smooth_rings": -1}, InputError, "smooth_rings must be at least 0"),
         ({"smooth_rings": 1, "spatial_key": "xy"}, MissingKeyError, "obsm has no 'xy'"),
         ({"use_rep": "bad"}, InputError, "must be a finite table"),
+        ({"key_added": "X_stfm"}, InputError, "is the name of another result"),
     ],
 )
 def test_bad_input_leaves_the_object_untouched(options: dict, error: type, message: str):
     adata = _tissue()
     adata.obsm["bad"] = np.full((adata.n_obs, 2), np.nan)
+    adata.uns["X_stfm"] = {"params": {"model": "mine"}}
     before = (list(adata.obs), list(adata.uns))
     with pytest.raises(error, match=message):
         tl.spatial_domains(adata, **{"n_domains": 3, **options})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import anndata as ad
 import numpy as np
 import pytest
@@ -256,6 +258,10 @@ def test_other_guards(sections, predictor: ExpressionPredictor, tmp_path):
         tl.predict_expression(sections[2], model=predictor, genes=["X"])
     with pytest.raises(InputError, match="reads 67 features"):
         predictor.predict(np.zeros((2, 3)))
+    broken = {**predictor.arrays, "intercept": np.full_like(predictor.arrays["intercept"], np.nan)}
+    replace(predictor, arrays=broken).save(tmp_path)
+    with pytest.raises(DataIntegrityError, match="intercept holds numbers that are not finite"):
+        ExpressionPredictor.load(tmp_path)
     predictor.save(tmp_path)
     (tmp_path / "genes.txt").write_text("A\n")
     with pytest.raises(DataIntegrityError, match="genes.txt has 1 genes"):

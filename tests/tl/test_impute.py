@@ -144,6 +144,18 @@ def test_genes_are_asked_for_by_ensembl_id_too(section, model):
         sf.tl.impute(section, known, genes=["ENSG99999999999"])
 
 
+def test_a_panel_of_ensembl_ids_is_written_whole(section, model):
+    known = copy.deepcopy(model)
+    names = known.vocabulary.names
+    ids = {str(name): f"ENSG{i:011d}" for i, name in enumerate(names)}
+    known.vocabulary = Vocabulary(names, np.array(list(ids.values())), "human")
+    sf.tl.impute(section, known)
+    by_name = section.layers["imputed"]
+    section.var_names = [ids[str(name)] for name in section.var_names]
+    sf.tl.impute(section, known)
+    np.testing.assert_array_equal(section.layers["imputed"], by_name)
+
+
 def test_guards_leave_the_object_untouched(section, model):
     section.obs["said"] = ["no", "yes"] * (section.n_obs // 2)
     strange = section.copy()

@@ -122,6 +122,9 @@ class ExpressionPredictor:
         if len(genes) != len(arrays["intercept"]):
             msg = f"{path}: genes.txt has {len(genes)} genes, the weights {len(arrays['intercept'])}; save it again."
             raise DataIntegrityError(msg)
+        if broken := [name for name, array in arrays.items() if not np.isfinite(array).all()]:
+            msg = f"{path}: {broken[0]} holds numbers that are not finite; save the predictor again."
+            raise DataIntegrityError(msg)
         return cls(genes, arrays, config["choice"], config["features"], config["seen"])
 
 

@@ -176,13 +176,25 @@ def fit_limit(n_genes: int) -> int:
     return max(2, min(MAX_FIT_SPOTS, MAX_FIT_VALUES // n_genes))
 
 
-def sample_spots(slides: Sequence[SlideInputs], most: int) -> Iterator[tuple[SlideInputs, NDArray[np.int64]]]:
-    """Yield each slide with positions of some of its spots, the same share of all, about ``most`` together."""
+def sample_spots(
+    slides: Sequence[SlideInputs], most: int, *, patch: bool = False
+) -> Iterator[tuple[SlideInputs, NDArray[np.int64]]]:
+    """Yield each slide with positions of some of its spots, the same share of all, about ``most`` together.
+
+    They are drawn at random, or are the ``patch`` around the middle of the slide, whose spots have their neighbours.
+    """
     share = min(1.0, most / max(1, sum(s.n_obs for s in slides)))
     rng = np.random.default_rng(0)
     for slide in slides:
         size = min(slide.n_obs, max(2, int(share * slide.n_obs)))
-        yield slide, np.sort(rng.choice(slide.n_obs, size=size, replace=False)).astype(np.int64)
+        chosen = around_middle(slide.slide.coords, size) if patch else rng.choice(slide.n_obs, size, replace=False)
+        yield slide, np.sort(chosen).astype(np.int64)
+
+
+def around_middle(coords: NDArray[np.floating], size: int) -> NDArray[np.int64]:
+    """Return the positions of the places nearest to the middle of all, in rising order."""
+    distance = np.linalg.norm(coords - np.median(coords, axis=0), axis=1)
+    return np.sort(np.argsort(distance, kind="stable")[:size])
 
 
 def genes_measured(slides: Sequence[SlideInputs], n_genes: int, *, paired: bool = False) -> Tensor:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from stfm.models._slots import around_middle
 from stfm.slide.niches import knn
 
 if TYPE_CHECKING:
@@ -17,8 +18,9 @@ if TYPE_CHECKING:
 
     from stfm.models.inputs import SlideInputs
     from stfm.nn.gene_table import GeneTable
+    from stfm.slide._niche_table import NicheTable
 
-__all__ = ["LatentField", "fit_field"]
+__all__ = ["LatentField", "fit_field", "lags"]
 
 #: neighbours whose products with a spot tell how far a component reaches: four rings of a hexagonal lattice
 _NEIGHBOURS = 60
@@ -126,11 +128,7 @@ class LatentField(nn.Module):
 
 def _covariances(values: NDArray[np.float64], coords: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return rows of (mean distance, pairs, pitch, mean product of each component), one for each whole pitch."""
-    table = knn(coords, min(_NEIGHBOURS, len(coords) - 1))
-    nearest = table.distance[:, 0]
-    pitch = float(np.median(nearest[np.isfinite(nearest)]))
-    lag = np.rint(np.where(np.isfinite(table.distance), table.distance, 0.0) / max(pitch, 1e-9)).astype(np.int64)
-    lag[table.index < 0] = 0
+    table, lag, pitch = lags(coords)
     rows = []
     for step in range(1, _LAGS + 1):
         i, k = np.nonzero(lag == step)
@@ -138,6 +136,16 @@ def _covariances(values: NDArray[np.float64], coords: NDArray[np.float64]) -> ND
             product = np.einsum("ij,ij->j", values[i], values[table.index[i, k]]) / len(i)
             rows.append([float(table.distance[i, k].mean()), float(len(i)), pitch, *product])
     return np.array(rows).reshape(-1, values.shape[1] + 3)
+
+
+def lags(coords: NDArray[np.float64], n_neighbors: int = _NEIGHBOURS) -> tuple[NicheTable, NDArray[np.int64], float]:
+    """Return the nearest of each place, how many pitches away each is (0: none there), and the pitch."""
+    table = knn(coords, min(n_neighbors, len(coords) - 1))
+    nearest = table.distance[:, 0]
+    pitch = float(np.median(nearest[np.isfinite(nearest)]))
+    lag = np.rint(np.where(np.isfinite(table.distance), table.distance, 0.0) / max(pitch, 1e-9)).astype(np.int64)
+    lag[table.index < 0] = 0
+    return table, lag, pitch
 
 
 def _fit_exponential(
@@ -168,8 +176,7 @@ def fit_field(field: LatentField, table: GeneTable, slides: Sequence[SlideInputs
 def read_latent(table: GeneTable, slide: SlideInputs) -> tuple[NDArray[np.float32], NDArray[np.float64]] | None:
     """Return what the gene table reads of a slide's spots, with their coordinates; None of fewer than two."""
     places = slide.slide.coords
-    middle = np.linalg.norm(places - np.median(places, axis=0), axis=1)
-    index = np.sort(np.argsort(middle, kind="stable")[:_MAX_SPOTS])
+    index = around_middle(places, _MAX_SPOTS)
     if slide.measured is not None:
         index = index[slide.measured[index]]
     if len(index) < 2:

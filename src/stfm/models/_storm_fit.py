@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from scipy import sparse
 from torch import Tensor
 
 from stfm.models._slots import MAX_FIT_SPOTS, fit_limit, sample_spots
+from stfm.models._storm_field import lags
 from stfm.models._storm_linear import window_features
 
 if TYPE_CHECKING:
@@ -19,44 +22,99 @@ if TYPE_CHECKING:
     from stfm.models._storm_linear import WindowRegression
     from stfm.models._storm_tokens import FeatureScaler, ImageTokens
     from stfm.models.inputs import SlideInputs
+    from stfm.models.storm_config import STORMConfig
     from stfm.nn.gene_table import GeneTable
 
 _BATCH = 256
+#: nearest spots among which those a pitch away are looked for: more than a ring of any lattice has
+_RING = 18
 #: spots whose scaled features are kept in memory
 _MAX_KEPT = 1_000_000
 
 
-def fit_table(table: GeneTable, slides: Sequence[SlideInputs], *, within: bool = False) -> float:
-    """Fit the gene table on a sample of the spots, or on differences ``within`` slides; return their median total."""
-    x, total, mask, slide = _sampled(table, slides)
+@dataclass(frozen=True)
+class Sample:
+    """Some spots of the training slides, slide after slide.
+
+    Attributes
+    ----------
+    x
+        Log-normalised expression, ``(n, G)``.
+    totals
+        Counts a spot, ``(n,)``.
+    mask
+        Which genes were measured, bool ``(n, G)``; None: all.
+    slide
+        Number of the slide of each spot, ``(n,)``.
+    coords
+        Coordinates of the spots of each slide.
+    """
+
+    x: Tensor
+    totals: Tensor
+    mask: Tensor | None
+    slide: Tensor
+    coords: list[NDArray[np.float64]]
+
+    @classmethod
+    def of(cls, slides: Sequence[SlideInputs], n_genes: int, *, patch: bool = False) -> Sample:
+        """Read so many spots of slides with counts as fit into memory: at random, or a ``patch`` of each slide."""
+        values, masks, totals, groups, coords = [], [], [], [], []
+        for slide, index in sample_spots(slides, fit_limit(n_genes), patch=patch):
+            batch = slide.spots(index)
+            if batch.counts is None or batch.totals is None:
+                continue
+            values.append(batch.counts)
+            totals.append(batch.totals)
+            groups.append(torch.full((len(index),), slide.slide_id, dtype=torch.int64))
+            none_absent = torch.ones_like(batch.counts, dtype=torch.bool)
+            masks.append(none_absent if batch.gene_mask is None else batch.gene_mask)
+            coords.append(slide.slide.coords[index])
+        mask = torch.cat(masks)
+        whole = bool(mask.all())
+        return cls(torch.cat(values), torch.cat(totals), None if whole else mask, torch.cat(groups), coords)
+
+    def graph(self) -> Tensor:
+        """Return which spots are neighbours, sparse ``(n, n)``, symmetric; the entries of each slide sum to its spots.
+
+        Neighbours are a pitch apart: the ring around a spot on a lattice.
+        """
+        blocks = [_neighbours(np.asarray(places, dtype=np.float64)) for places in self.coords]
+        joined = sparse.block_diag(blocks, format="coo")
+        places = torch.from_numpy(np.stack([joined.row, joined.col]).astype(np.int64))
+        return torch.sparse_coo_tensor(places, torch.from_numpy(joined.data), joined.shape, check_invariants=True)
+
+
+def _neighbours(coords: NDArray[np.float64]) -> sparse.csr_matrix:
+    n = len(coords)
+    if n < 2:
+        return sparse.csr_matrix(np.zeros((n, n), np.float32))
+    table, lag, _ = lags(coords, _RING)
+    i, k = np.nonzero(lag == 1)
+    graph = sparse.csr_matrix((np.ones(len(i), np.float32), (i, table.index[i, k])), shape=(n, n))
+    return (graph + graph.T) * (n / max(2 * len(i), 1))
+
+
+def fit_table(table: GeneTable, slides: Sequence[SlideInputs], config: STORMConfig) -> float:
+    """Fit the gene table on a sample of the spots, as the configuration says; return their median total."""
+    neighbours = config.gene_directions == "neighbours"
+    sample = Sample.of(slides, len(table.known), patch=neighbours)
     device = table.embedding.device
-    table.cpu().fit(x, total, mask, groups=slide if within else None)
+    table.cpu().fit(
+        sample.x, sample.totals, sample.mask, groups=sample.slide if config.within_slides else None,
+        graph=sample.graph() if neighbours else None,
+    )  # fmt: skip
     table.to(device)
-    return float(total.median())
+    return float(sample.totals.median())
 
 
 def learn_genes(table: GeneTable, slides: Sequence[SlideInputs]) -> int:
     """Let the gene table learn genes that it does not know yet; return how many."""
     device = table.embedding.device
-    x, total, mask, _ = _sampled(table, slides)
-    learned = table.cpu().learn(x, total, mask)
+    sample = Sample.of(slides, len(table.known))
+    learned = table.cpu().learn(sample.x, sample.totals, sample.mask)
     table.to(device)
     return learned
-
-
-def _sampled(table: GeneTable, slides: Sequence[SlideInputs]) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """Return log-normalised expression, totals, panels and slides of a sample of the spots."""
-    values, masks, totals, groups = [], [], [], []
-    for slide, index in sample_spots(slides, fit_limit(len(table.known))):
-        batch = slide.spots(index)
-        if batch.counts is None or batch.totals is None:
-            continue
-        values.append(batch.counts)
-        totals.append(batch.totals)
-        groups.append(torch.full((len(index),), slide.slide_id, dtype=torch.int64))
-        masks.append(torch.ones_like(batch.counts, dtype=torch.bool) if batch.gene_mask is None else batch.gene_mask)
-    mask = torch.cat(masks)
-    return torch.cat(values), torch.cat(totals), None if bool(mask.all()) else mask, torch.cat(groups)
 
 
 def fit_image_scale(image: ImageTokens, slides: Sequence[SlideInputs]) -> None:

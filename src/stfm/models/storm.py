@@ -419,7 +419,7 @@ class STORM(Model):
         """Start from the training slides: gene table, scale of image features, regression on windows."""
         with_counts = self._note(slides)
         if with_counts:
-            self.typical_total.fill_(fit_table(self.table, with_counts, within=self.config.within_slides))
+            self.typical_total.fill_(fit_table(self.table, with_counts, self.config))
             if self.field is not None:
                 fit_field(self.field, self.table, with_counts)
             if self.gene_encoder is not None:

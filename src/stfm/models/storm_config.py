@@ -12,6 +12,7 @@ from stfm.nn.counts import LIKELIHOODS
 
 STAGES = ("mask", "align")
 JOINTS = ("field", "concat", "mean")
+GENE_DIRECTIONS = ("variance", "neighbours")
 SLIDE_NORMS = ("none", "centre", "standardise")
 #: rows of the ablation table
 ABLATIONS = ("full", "no-neighbours", "no-image", "no-gene", "no-distance", "shared-experts")
@@ -49,6 +50,9 @@ class STORMConfig:
     within_slides
         Whether the gene table starts from differences within slides alone, which slides of several tissues need: what
         sets a cortex apart from a tumour would take the place of what sets its layers apart.
+    gene_directions
+        What the gene table starts from: directions of greatest ``"variance"``, or those in which ``"neighbours"`` are
+        alike, in which counting noise has little place.
     likelihood
         Of expression: ``"nb"``, ``"poisson"`` (on counts) or ``"gaussian"`` (on log-normalised values).
     n_visible
@@ -103,6 +107,7 @@ class STORMConfig:
     learn_slopes: bool = False
     gene_width: int = 64
     within_slides: bool = False
+    gene_directions: str = "variance"
     likelihood: str = "nb"
     n_visible: int = 5
     cross_share: float = 0.5
@@ -124,6 +129,7 @@ class STORMConfig:
         object.__setattr__(self, "contexts_um", tuple(float(c) for c in self.contexts_um))
         check_choice("likelihood", self.likelihood, LIKELIHOODS)
         check_choice("slide_norm", self.slide_norm, SLIDE_NORMS)
+        check_choice("gene_directions", self.gene_directions, GENE_DIRECTIONS)
         check_choice("joint", self.joint, JOINTS)
         check_choice("ablation", self.ablation, ABLATIONS)
         for name in ("spot_px", "window", "width", "depth", "heads", "gene_width", "max_genes"):
@@ -207,7 +213,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "small": {**_LIGHT, "width": 96, "depth": 2, "heads": 4, "gene_width": 32, "spot_px": 112},
     "base": {
         **_LIGHT, "image": EncoderChoice("stfm-tower", weights="default"), "spot_px": 112, "width": 128, "depth": 2,
-        "heads": 4, "gene_width": 64, "within_slides": True, "own_field": True,
+        "heads": 4, "gene_width": 64, "within_slides": True, "own_field": True, "gene_directions": "neighbours",
     },
     "tiny": {
         **_LIGHT, "width": 48, "depth": 1, "heads": 4, "gene_width": 16, "spot_px": 56,

@@ -17,7 +17,7 @@ from stfm.nn.counts import (
     negative_binomial_nll,
     poisson_nll,
 )
-from stfm.nn.principal import leading_components
+from stfm.nn.principal import leading_components, shared_components
 
 __all__ = ["GeneTable"]
 
@@ -25,6 +25,7 @@ _FLOOR = 0.05  # deviation of a gene that hardly varies: at unit variance it wou
 _CLIP = 10.0
 _RARE = 1e-8  # share of the counts of a gene that was never seen
 _DISPERSION = 10.0
+_OWN = 0.3  # weight of the variance of single spots beside what neighbours share
 
 
 class GeneTable(nn.Module):
@@ -72,7 +73,15 @@ class GeneTable(nn.Module):
         return self.embedding.shape[1]
 
     @torch.no_grad()
-    def fit(self, x: Tensor, totals: Tensor, mask: Tensor | None = None, *, groups: Tensor | None = None) -> None:
+    def fit(
+        self,
+        x: Tensor,
+        totals: Tensor,
+        mask: Tensor | None = None,
+        *,
+        groups: Tensor | None = None,
+        graph: Tensor | None = None,
+    ) -> None:
         """Start from the training spots: scales, principal directions, rates and dispersions of the genes.
 
         Parameters
@@ -86,6 +95,9 @@ class GeneTable(nn.Module):
         groups
             Slide of each spot, int64 ``(n,)``: the directions are those of differences within slides. None takes the
             differences between slides, too.
+        graph
+            Which spots are neighbours, sparse ``(n, n)`` as of :func:`~stfm.nn.principal.shared_components`: the
+            directions are those in which neighbours are alike. None takes those of greatest variance.
         """
         there = torch.ones_like(x) if mask is None else mask.to(x.dtype)
         n = there.sum(dim=0)
@@ -99,7 +111,7 @@ class GeneTable(nn.Module):
             centred[rows] -= centred[rows].mean(dim=0)
         deviation = (centred.square().sum(dim=0) / n).sqrt()
         self.scale.copy_(torch.where(self.known, deviation.clamp_min(_FLOOR), torch.ones_like(deviation)))
-        self._fit_directions((centred / self.scale).clamp_(-_CLIP, _CLIP))
+        self._fit_directions((centred / self.scale).clamp_(-_CLIP, _CLIP), graph)
         self._fit_rates(counts_of(x, totals) * there, totals[:, None] * there, n, torch.ones_like(self.known))
 
     @torch.no_grad()
@@ -127,13 +139,19 @@ class GeneTable(nn.Module):
         self.known |= new
         return int(new.sum())
 
-    def _fit_directions(self, z: Tensor) -> None:
+    def _fit_directions(self, z: Tensor, graph: Tensor | None) -> None:
         rank = min(self.width, min(z.shape) - 1)
-        deviation, directions = leading_components(z, rank)
-        left = (z.square().sum() / len(z) - deviation.square().sum()).clamp_min(0.0)
+        if graph is None:
+            deviation, directions = leading_components(z, rank)
+            held = deviation.square()
+        else:
+            deviation, directions = shared_components(z, graph, rank, own=_OWN)
+            held = (z @ directions.T).square().mean(dim=0)
+        left = (z.square().sum() / len(z) - held.sum()).clamp_min(0.0)
         self.noise.copy_((left / max(1, z.shape[1] - rank)).clamp_min(1e-3))
-        # Probabilistic PCA: e = directions * sqrt(variance - noise), so that u has unit variance.
-        gain = (deviation.square() - self.noise).clamp_min(1e-6).sqrt()
+        # Probabilistic PCA: e = directions * sqrt(variance - noise), so that u has unit variance; what neighbours share
+        # has no noise in it.
+        gain = (deviation.square() - (self.noise if graph is None else 0.0)).clamp_min(1e-6).sqrt()
         self.embedding.zero_()
         self.embedding[:, :rank] = (directions * gain[:, None]).T
         unseen = ~self.known

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -117,6 +118,7 @@ def spatial_domains(
     refinement = _refinement(refine)
     check_count("smooth_rings", smooth_rings, minimum=0)
     embedding = _embedding(adata, use_rep)
+    _check_free(adata, key_added)
     graph = None
     if smooth_rings:
         rings = _rings(adata, smooth_rings, library_key, spatial_key)
@@ -142,6 +144,14 @@ def spatial_domains(
     written.uns[f"{key_added}_colors"] = np.array(category_colors(len(column.categories)))
     written.uns[key_added] = {"params": record(params)}
     return written if copy else None
+
+
+def _check_free(adata: AnnData, key: str) -> None:
+    """Refuse a name under which ``uns`` keeps how something else was made."""
+    there = adata.uns.get(key)
+    if there is not None and not (isinstance(there, Mapping) and "n_domains" in there.get("params", {})):
+        msg = f"key_added={key!r} is the name of another result (adata.uns[{key!r}]); give the domains their own."
+        raise InputError(msg)
 
 
 def _refinement(refine: Refine) -> str:

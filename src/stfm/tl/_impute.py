@@ -118,7 +118,8 @@ def impute(
     check_table(adata)
     check_key("key_added", key_added, taken=(spatial_key, library_key, measured_key))
     trained, source = resolve_model(model)
-    asked = genes if genes is not None else _shared_genes(adata, trained)
+    known = _known_columns(adata, trained) if genes is None else {}
+    asked = list(dict.fromkeys(known.values())) if genes is None else genes
     measured = measured_spots(adata, measured_key)
     written = write_expression(
         adata, trained, asked, measured=measured, use_counts=True, own=True, batch_size=batch_size, device=device,
@@ -130,9 +131,8 @@ def impute(
     result = target(adata, copy=copy)
     if genes is None:
         table = np.full(adata.shape, np.nan, np.float32)
-        place = {name.upper(): i for i, name in enumerate(written.genes)}
-        columns = [j for j, name in enumerate(adata.var_names) if str(name).upper() in place]
-        table[:, columns] = written.mean[:, [place[str(adata.var_names[j]).upper()] for j in columns]]
+        place = {name: i for i, name in enumerate(written.genes)}
+        table[:, list(known)] = written.mean[:, [place[name] for name in known.values()]]
         result.layers[key_added] = table
     else:
         import pandas as pd
@@ -144,16 +144,20 @@ def impute(
     return result if copy else None
 
 
-def _shared_genes(adata: AnnData, model: Model) -> list[str]:
-    """Return the genes of ``var`` that the model writes; tell how many it does not."""
-    vocabulary = model.vocabulary
+def _known_columns(adata: AnnData, model: Model) -> dict[int, str]:
+    """Return the columns of genes that the model writes, and how it names them; tell how many it does not."""
     learned = model.written_genes()
-    known = set() if vocabulary is None else {str(g).upper() for g in vocabulary.names[learned]}
-    shared = [str(name) for name in adata.var_names if str(name).upper() in known]
-    if not shared:
+    vocabulary = model.vocabulary
+    places = [] if vocabulary is None else vocabulary.find(map(str, adata.var_names))
+    known = {
+        column: str(vocabulary.names[place])
+        for column, place in enumerate(places)
+        if vocabulary is not None and place is not None and learned[place]
+    }
+    if not known:
         msg = f"the model writes none of the {adata.n_vars} genes of adata.var_names; train it on slides with them."
         raise InputError(msg)
-    if len(shared) < adata.n_vars:
-        msg = f"{adata.n_vars - len(shared)} of {adata.n_vars} genes are not known to the model; they are nan."
+    if len(known) < adata.n_vars:
+        msg = f"{adata.n_vars - len(known)} of {adata.n_vars} genes are not known to the model; they are nan."
         warnings.warn(msg, StfmWarning, stacklevel=3)
-    return list({name.upper(): name for name in reversed(shared)}.values())[::-1]
+    return known
