@@ -9,8 +9,7 @@ import pytest
 import torch
 
 import stfm as sf
-from stfm.errors import InputError
-from stfm.models._storm_field import LatentField, lags, read_latent
+from stfm.models._storm_field import LatentField
 from stfm.models._storm_fit import Sample
 from stfm.models.inputs import SlideInputs
 from stfm.models.storm_config import STORMConfig
@@ -149,21 +148,3 @@ def test_the_graph_of_the_gene_table_is_the_ring_of_each_slide(grid):
     assert float(graph[:n, n:].abs().sum() + graph[-1].abs().sum()) == 0.0
     middle = (graph[12 * 24 + 12] > 0).sum(), (graph[n + 55] > 0).sum()
     assert middle == (8, 6)  # a square with its corners, a hexagon
-
-
-def test_a_table_of_neighbours_tells_the_tissue_better():
-    adata = sf.datasets.toy(n_spots=400, n_patients=1, rng=1)
-    slides = as_slides(adata, modalities=("gene",))
-    found = {}
-    for directions in ("variance", "neighbours"):
-        config = {"image": None, "linear_blend": 0.0, "gene_width": 4, "gene_directions": directions}
-        model = sf.tl.train(slides, "storm-tiny", stage="mask", config=config, epochs=1, lr=1e-12, validation=None)
-        inputs = SlideInputs(slides[0], model.inputs, model.vocabulary)
-        latent, coords = read_latent(model.table, inputs)
-        table, lag, _ = lags(coords)
-        i, k = np.nonzero(lag == 1)
-        centred = (latent - latent.mean(axis=0)) / latent.std(axis=0)
-        found[directions] = float((centred[i] * centred[table.index[i, k]]).mean())
-    assert found["neighbours"] > found["variance"] + 0.05
-    with pytest.raises(InputError, match="gene_directions"):
-        STORMConfig(gene_directions="rings")

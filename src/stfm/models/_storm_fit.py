@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from stfm.models._storm_linear import WindowRegression
     from stfm.models._storm_tokens import FeatureScaler, ImageTokens
     from stfm.models.inputs import SlideInputs
-    from stfm.models.storm_config import STORMConfig
     from stfm.nn.gene_table import GeneTable
 
 _BATCH = 256
@@ -95,23 +94,18 @@ def _neighbours(coords: NDArray[np.float64]) -> sparse.csr_matrix:
     return (graph + graph.T) * (n / max(2 * len(i), 1))
 
 
-def fit_table(table: GeneTable, slides: Sequence[SlideInputs], config: STORMConfig) -> float:
-    """Fit the gene table on a sample of the spots, as the configuration says; return their median total."""
-    neighbours = config.gene_directions == "neighbours"
-    sample = Sample.of(slides, len(table.known), patch=neighbours)
+def fit_table(table: GeneTable, slides: Sequence[SlideInputs], *, within: bool = False) -> float:
+    """Fit the gene table on a sample of the spots, or on differences ``within`` slides; return their median total."""
+    sample = Sample.of(slides, len(table.known))
     device = table.embedding.device
-    table.cpu().fit(
-        sample.x, sample.totals, sample.mask, groups=sample.slide if config.within_slides else None,
-        graph=sample.graph() if neighbours else None,
-    )  # fmt: skip
+    table.cpu().fit(sample.x, sample.totals, sample.mask, groups=sample.slide if within else None)
     table.to(device)
     return float(sample.totals.median())
 
 
-def learn_genes(table: GeneTable, slides: Sequence[SlideInputs]) -> int:
+def learn_genes(table: GeneTable, sample: Sample) -> int:
     """Let the gene table learn genes that it does not know yet; return how many."""
     device = table.embedding.device
-    sample = Sample.of(slides, len(table.known))
     learned = table.cpu().learn(sample.x, sample.totals, sample.mask)
     table.to(device)
     return learned

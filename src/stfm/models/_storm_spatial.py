@@ -59,6 +59,41 @@ def _some(present: Tensor, n: int | Tensor) -> Tensor:
     return (order.argsort(dim=1).argsort(dim=1) < n) & present
 
 
+@dataclass(frozen=True)
+class Windows:
+    """The windows of a batch.
+
+    Attributes
+    ----------
+    rows
+        Row of the batch in each place, int64 ``(b, w)``; 0 where there is no spot.
+    present, image, gene
+        Where there is a spot, H&E of it, counts of it, bool ``(b, w)``.
+    tokens
+        Tokens of the modalities that are there, ``(b, w, d)``.
+    features
+        Scaled image features of the batch's rows, ``(n, f)``, or None.
+    xy_um
+        Coordinates, ``(b, w, 2)`` or ``(b, w, 3)``.
+    bias
+        Distance bias, ``(b, h, w, w)``.
+    """
+
+    rows: Tensor
+    present: Tensor
+    image: Tensor
+    gene: Tensor
+    tokens: dict[str, Tensor]
+    features: Tensor | None
+    xy_um: Tensor
+    bias: Tensor
+
+    def shown(self, *, image: bool = True, gene: bool = True) -> Shown:
+        """Return a mask that shows all of some modalities."""
+        none = torch.zeros_like(self.present)
+        return Shown(self.present, self.image if image else none, self.gene if gene else none)
+
+
 class SpatialEncoder(nn.Module):
     """Blocks over the tokens of both modalities of a window, with distance bias and one feed-forward a modality.
 

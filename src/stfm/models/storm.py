@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
@@ -14,9 +13,17 @@ from stfm._validate import check_choice
 from stfm.models._slots import build_gene, build_image, check_batch, fit_gene_encoder, genes_measured
 from stfm.models._storm_calibrate import fit_calibration, fit_expected_variance
 from stfm.models._storm_field import LatentField, fit_field, read_latent
-from stfm.models._storm_fit import fit_image_scale, fit_table, fit_window_regression, keep_scaled_features, learn_genes
+from stfm.models._storm_fit import (
+    Sample,
+    fit_image_scale,
+    fit_table,
+    fit_window_regression,
+    keep_scaled_features,
+    learn_genes,
+)
 from stfm.models._storm_linear import WindowRegression, window_features
-from stfm.models._storm_spatial import Decoder, Shown, SpatialEncoder, draw_masks
+from stfm.models._storm_own import OwnComponents, fit_own
+from stfm.models._storm_spatial import Decoder, Shown, SpatialEncoder, Windows, draw_masks
 from stfm.models._storm_tokens import ImageTokens
 from stfm.models.base import Embedding, Model, Prediction, TunedParts
 from stfm.models.inputs import InputSpec
@@ -39,41 +46,6 @@ if TYPE_CHECKING:
 
 
 _DECODERS = ("image_decoder.", "gene_decoder.", "image_log_variance")
-
-
-@dataclass(frozen=True)
-class Windows:
-    """The windows of a batch.
-
-    Attributes
-    ----------
-    rows
-        Row of the batch in each place, int64 ``(b, w)``; 0 where there is no spot.
-    present, image, gene
-        Where there is a spot, H&E of it, counts of it, bool ``(b, w)``.
-    tokens
-        Tokens of the modalities that are there, ``(b, w, d)``.
-    features
-        Scaled image features of the batch's rows, ``(n, f)``, or None.
-    xy_um
-        Coordinates, ``(b, w, 2)`` or ``(b, w, 3)``.
-    bias
-        Distance bias, ``(b, h, w, w)``.
-    """
-
-    rows: Tensor
-    present: Tensor
-    image: Tensor
-    gene: Tensor
-    tokens: dict[str, Tensor]
-    features: Tensor | None
-    xy_um: Tensor
-    bias: Tensor
-
-    def shown(self, *, image: bool = True, gene: bool = True) -> Shown:
-        """Return a mask that shows all of some modalities."""
-        none = torch.zeros_like(self.present)
-        return Shown(self.present, self.image if image else none, self.gene if gene else none)
 
 
 class STORM(Model):
@@ -138,6 +110,7 @@ class STORM(Model):
         self.spatial = SpatialEncoder(config)
         self.gene_decoder = Decoder(config, config.gene_width)
         self.field = LatentField(config.gene_width) if config.joint == "field" else None
+        self.own: OwnComponents | None = None
         self.align_heads = nn.ModuleDict({name: _identity(d) for name in ("image", "gene")})
         self.temperature = Temperature(config.temperature, learned=True)
         self.register_buffer("typical_total", torch.full((), 1e4))
@@ -330,22 +303,25 @@ class STORM(Model):
             pair = [middle.get(name, next(iter(middle.values()))) for name in ("image", "gene")]
             joint = F.normalize(torch.cat(pair, dim=-1) if self.config.joint == "concat" else pair[0] + pair[1], dim=-1)
         else:
-            joint = self._latent(batch, windows, encoded, self.field)
+            joint, written = self._latent(batch, windows, encoded, self.field)
+            joint = joint if self.own is None else self.own(joint, batch, windows, written)
         apart = {name: F.normalize(self._apart(windows, name), dim=-1) for name in encoded}
         weight = windows.present[..., None].to(windows.xy_um.dtype)
         means = [(tokens * weight).sum(dim=1) / weight.sum(dim=1) for tokens in encoded.values()]
         niche = F.normalize(torch.stack(means).mean(dim=0), dim=-1)
         return Embedding(joint, apart.get("image"), apart.get("gene"), niche)
 
-    def _latent(self, batch: Batch, windows: Windows, encoded: dict[str, Tensor], field: LatentField) -> Tensor:
-        """Return the latent expression that each window shares; the decoder's where none of it was measured.
+    def _latent(
+        self, batch: Batch, windows: Windows, encoded: dict[str, Tensor], field: LatentField
+    ) -> tuple[Tensor, Tensor]:
+        """Return the latent expression that each window shares, the decoder's where none was measured, and that.
 
         A component has the size that it has in expression, the length of its column of gene embeddings.
         """
         size = self.table.embedding.norm(dim=0)
         written = self.gene_decoder(encoded, windows.shown(), windows.bias, middle=True)[:, 0].float()
         if "gene" not in windows.tokens or batch.counts is None:
-            return size * written  # type: ignore[no-any-return]
+            return size * written, written
         latent = self.latent(batch.counts, batch.gene_mask)
         shared = torch.empty_like(written)
         slides = windows.rows.new_zeros(len(written)) if batch.slide_id is None else batch.slide_id[windows.rows[:, 0]]
@@ -353,7 +329,7 @@ class STORM(Model):
             here = slides == slide
             one = self._field_of(slide, field)
             shared[here] = one(latent[windows.rows[here]], windows.xy_um[here], windows.gene[here])
-        return size * torch.where(windows.gene.any(dim=1, keepdim=True), shared, written)  # type: ignore[no-any-return]
+        return size * torch.where(windows.gene.any(dim=1, keepdim=True), shared, written), written
 
     def _field_of(self, slide: int, field: LatentField) -> LatentField:
         """Return the field as the slide itself tells it, too, where it was made ready."""
@@ -419,7 +395,7 @@ class STORM(Model):
         """Start from the training slides: gene table, scale of image features, regression on windows."""
         with_counts = self._note(slides)
         if with_counts:
-            self.typical_total.fill_(fit_table(self.table, with_counts, self.config))
+            self.typical_total.fill_(fit_table(self.table, with_counts, within=self.config.within_slides))
             if self.field is not None:
                 fit_field(self.field, self.table, with_counts)
             if self.gene_encoder is not None:
@@ -432,8 +408,16 @@ class STORM(Model):
         """Learn genes that no slide had before, and fit the regression on windows to the new slides."""
         with_counts = self._note(slides)
         if with_counts:
-            learn_genes(self.table, with_counts)
+            sample = Sample.of(with_counts, len(self.table.known), patch=True)
+            learn_genes(self.table, sample)
+            if self.config.own_field:
+                self.own = fit_own(self.table, sample)
         self._fit_regression(with_counts)
+
+    def resize_buffers(self, state: dict[str, Tensor]) -> None:
+        """Make room for the own components of the slides that a saved model was adapted to."""
+        genes = state.get("own.genes")
+        self.own = None if genes is None else OwnComponents(len(genes), self.config.gene_width)
 
     def _note(self, slides: Sequence[SlideInputs]) -> list[SlideInputs]:
         """Remember which modalities training had, and of which genes both; return the slides with counts."""

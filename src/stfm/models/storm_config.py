@@ -12,7 +12,6 @@ from stfm.nn.counts import LIKELIHOODS
 
 STAGES = ("mask", "align")
 JOINTS = ("field", "concat", "mean")
-GENE_DIRECTIONS = ("variance", "neighbours")
 SLIDE_NORMS = ("none", "centre", "standardise")
 #: rows of the ablation table
 ABLATIONS = ("full", "no-neighbours", "no-image", "no-gene", "no-distance", "shared-experts")
@@ -50,9 +49,6 @@ class STORMConfig:
     within_slides
         Whether the gene table starts from differences within slides alone, which slides of several tissues need: what
         sets a cortex apart from a tumour would take the place of what sets its layers apart.
-    gene_directions
-        What the gene table starts from: directions of greatest ``"variance"``, or those in which ``"neighbours"`` are
-        alike, in which counting noise has little place.
     likelihood
         Of expression: ``"nb"``, ``"poisson"`` (on counts) or ``"gaussian"`` (on log-normalised values).
     n_visible
@@ -79,7 +75,8 @@ class STORMConfig:
         reaches (:class:`~stfm.models._storm_field.LatentField`), written by the decoder where nothing was measured.
     own_field
         Whether the reach of each component (``joint="field"``) is seen on the slide itself, too, so that an embedding
-        depends on its slide; off takes that of the training slides.
+        depends on its slide; off takes that of the training slides. A model that goes on with other slides then adds
+        components of their own (:class:`~stfm.models._storm_own.OwnComponents`).
     ablation
         ``"full"``; ``"no-neighbours"``: windows of one spot; ``"no-image"``, ``"no-gene"``: one modality;
         ``"no-distance"``: no distance bias; ``"shared-experts"``.
@@ -107,7 +104,6 @@ class STORMConfig:
     learn_slopes: bool = False
     gene_width: int = 64
     within_slides: bool = False
-    gene_directions: str = "variance"
     likelihood: str = "nb"
     n_visible: int = 5
     cross_share: float = 0.5
@@ -129,7 +125,6 @@ class STORMConfig:
         object.__setattr__(self, "contexts_um", tuple(float(c) for c in self.contexts_um))
         check_choice("likelihood", self.likelihood, LIKELIHOODS)
         check_choice("slide_norm", self.slide_norm, SLIDE_NORMS)
-        check_choice("gene_directions", self.gene_directions, GENE_DIRECTIONS)
         check_choice("joint", self.joint, JOINTS)
         check_choice("ablation", self.ablation, ABLATIONS)
         for name in ("spot_px", "window", "width", "depth", "heads", "gene_width", "max_genes"):
@@ -213,7 +208,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "small": {**_LIGHT, "width": 96, "depth": 2, "heads": 4, "gene_width": 32, "spot_px": 112},
     "base": {
         **_LIGHT, "image": EncoderChoice("stfm-tower", weights="default"), "spot_px": 112, "width": 128, "depth": 2,
-        "heads": 4, "gene_width": 64, "within_slides": True, "own_field": True, "gene_directions": "neighbours",
+        "heads": 4, "gene_width": 64, "within_slides": True, "own_field": True,
     },
     "tiny": {
         **_LIGHT, "width": 48, "depth": 1, "heads": 4, "gene_width": 16, "spot_px": 56,

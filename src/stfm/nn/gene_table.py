@@ -19,7 +19,7 @@ from stfm.nn.counts import (
 )
 from stfm.nn.principal import leading_components, shared_components
 
-__all__ = ["GeneTable"]
+__all__ = ["GeneTable", "expected_latent"]
 
 _FLOOR = 0.05  # deviation of a gene that hardly varies: at unit variance it would be noise alone
 _CLIP = 10.0
@@ -182,26 +182,7 @@ class GeneTable(nn.Module):
 
     def read(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return the u expected of each spot, ``(b, e)``, from the genes that were measured and are known."""
-        panels, which = _panels(mask, len(x), self.known)
-        if len(panels) == 1:
-            return self._posterior(x, panels[0])
-        out = x.new_zeros(len(x), self.width)
-        for i, panel in enumerate(panels):  # one small system a panel, that is a slide
-            rows = (which == i).nonzero().squeeze(1)
-            out = out.index_put((rows,), self._posterior(x[rows], panel))
-        return out
-
-    def _posterior(self, x: Tensor, panel: Tensor) -> Tensor:
-        """Return ``E[u] = (EᵀE + noise)⁻¹ Eᵀ z`` of spots with one panel; genes outside it are not touched."""
-        if bool(panel.all()):
-            mean, scale, kept = self.mean, self.scale, self.embedding.float()
-        else:
-            genes = panel.nonzero().squeeze(1)
-            x, mean, scale, kept = x[:, genes], self.mean[genes], self.scale[genes], self.embedding[genes].float()
-        # In place: of 17,000 genes every pass over the spots of a batch counts.
-        z = (x - mean).mul_(1 / scale).clamp_(-_CLIP, _CLIP)
-        system = kept.T @ kept + self.noise * torch.eye(self.width, device=kept.device)
-        return z @ torch.linalg.solve(system, kept.T).T  # type: ignore[no-any-return]
+        return expected_latent(x, self.mean, self.scale, self.embedding, self.noise, mask, known=self.known)
 
     def update(self, expected: Tensor, variance: Tensor, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return u of spots whose own counts are measured, from what was expected of them: Bayes' rule.
@@ -275,6 +256,51 @@ class GeneTable(nn.Module):
         if self.likelihood == "poisson":
             return poisson_nll(counts, log_mean)
         return negative_binomial_nll(counts, log_mean, log_spread)
+
+
+def expected_latent(
+    x: Tensor,
+    mean: Tensor,
+    scale: Tensor,
+    embedding: Tensor,
+    noise: Tensor,
+    mask: Tensor | None = None,
+    *,
+    known: Tensor | None = None,
+) -> Tensor:
+    """Return ``E[u] = (EᵀE + noise)⁻¹ Eᵀ z`` of spots, ``(b, e)``; z is their standardised expression.
+
+    Parameters
+    ----------
+    x
+        Log-normalised expression, ``(b, G)``.
+    mean, scale, embedding, noise
+        Of the genes, and E ``(G, e)``.
+    mask
+        Which genes were measured, bool ``(b, G)``; None: all.
+    known
+        Which genes may be read, bool ``(G,)``; None: all.
+    """
+    panels, which = _panels(mask, len(x), torch.ones_like(mean, dtype=torch.bool) if known is None else known)
+    if len(panels) == 1:
+        return _posterior(x, mean, scale, embedding, noise, panels[0])
+    out = x.new_zeros(len(x), embedding.shape[1])
+    for i, panel in enumerate(panels):  # one small system a panel, that is a slide
+        rows = (which == i).nonzero().squeeze(1)
+        out = out.index_put((rows,), _posterior(x[rows], mean, scale, embedding, noise, panel))
+    return out
+
+
+def _posterior(x: Tensor, mean: Tensor, scale: Tensor, embedding: Tensor, noise: Tensor, panel: Tensor) -> Tensor:
+    """Return the same of spots with one panel; genes outside it are not touched."""
+    if not bool(panel.all()):
+        genes = panel.nonzero().squeeze(1)
+        x, mean, scale, embedding = x[:, genes], mean[genes], scale[genes], embedding[genes]
+    kept = embedding.float()
+    # In place: of 17,000 genes every pass over the spots of a batch counts.
+    z = (x - mean).mul_(1 / scale).clamp_(-_CLIP, _CLIP)
+    system = kept.T @ kept + noise * torch.eye(kept.shape[1], device=kept.device)
+    return z @ torch.linalg.solve(system, kept.T).T  # type: ignore[no-any-return]
 
 
 def _panels(mask: Tensor | None, n: int, known: Tensor) -> tuple[list[Tensor], Tensor]:
