@@ -83,6 +83,22 @@ def test_lattice_wins_over_contradicting_spot_diameter():
     assert found.message is not None
 
 
+def test_places_on_the_array_show_the_lattice_of_scattered_spots():
+    x, y = (a.ravel() for a in np.meshgrid(np.arange(60), np.arange(60)))
+    places = np.stack([2 * x + y % 2, y], axis=1)
+    rng = np.random.default_rng(0)
+    few = rng.choice(len(x), 60, replace=False)
+    coords = lattice("hex", 200.0, n=60) + rng.normal(scale=2.0, size=(3600, 2))
+    assert detect_lattice(coords[few]).kind == "none"
+    with pytest.warns(StfmWarning, match="lattice.*which is used; by the spot diameter"):
+        found = resolve_mpp(coords[few], spot_diameter_px=70.0, array_positions=places[few])
+    assert (found.source, found.lattice) == ("pitch", "hex")
+    assert found.mpp == pytest.approx(0.5, rel=0.01)
+    # Places that are no array, or not that of these spots, say nothing.
+    for wrong in (rng.permutation(places[few]), np.stack([x, y], axis=1)[few], np.full((60, 2), np.nan)):
+        assert resolve_mpp(coords[few], spot_diameter_px=110.0, array_positions=wrong).source == "spot diameter"
+
+
 def test_agreeing_evidence_is_silent():
     found = resolve_mpp(lattice("hex", 200.0), spot_diameter_px=110.0, metadata_mpp=0.501)
     assert (found.source, found.message) == ("pitch", None)

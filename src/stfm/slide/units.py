@@ -122,6 +122,23 @@ def _bond_order(bonds: NDArray[np.float64]) -> Lattice:
     return Lattice("square" if m == 4 else "hex", float(np.mean(means)), order)
 
 
+def _hexagonal_array(coords: NDArray[np.floating], positions: NDArray[np.floating]) -> Lattice:
+    """Return the hexagonal lattice that columns and rows of an array span, for spots too scattered to show it."""
+    none = Lattice("none", None, 0.0)
+    design = np.column_stack([positions[:, :2], np.ones(len(positions))])
+    there = np.isfinite(coords[:, :2]).all(axis=1) & np.isfinite(design).all(axis=1)
+    if there.sum() < _MIN_SPOTS:
+        return none
+    x, y = design[there], np.asarray(coords[there, :2], dtype=np.float64)
+    step, _, rank, _ = np.linalg.lstsq(x, y, rcond=None)
+    bonds = np.linalg.norm(np.array([[2, 0, 0], [1, 1, 0], [1, -1, 0]]) @ step, axis=1)
+    pitch = float(bonds.mean())
+    even = np.ptp((x[:, 0] + x[:, 1]) % 2) == 0
+    if rank < 3 or not even or np.ptp(bonds) > _TOLERANCE * pitch or np.abs(x @ step - y).max() > pitch / 4:
+        return none
+    return Lattice("hex", pitch, 1.0)
+
+
 def resolve_mpp(
     coords_px: ArrayLike,
     *,
@@ -133,9 +150,10 @@ def resolve_mpp(
 ) -> Scale:
     """Find µm per pixel: by the argument, a regular lattice, the metadata, the diameter of a spot, in this order.
 
-    A hexagonal lattice is Visium's (100 µm). Bins of Visium HD are told apart by their size where metadata give it. Any
-    other square lattice is taken as ST (200 µm, or 141 µm where ``array_positions`` show the "2k" array) with a
-    warning, unless ``platform`` names it. Contradictions of more than 5 % are told by a warning.
+    A hexagonal lattice is Visium's (100 µm); of spots that lie too far apart to show it, their places on the array do.
+    Bins of Visium HD are told apart by their size where metadata give it. Any other square lattice is taken as ST
+    (200 µm, or 141 µm where ``array_positions`` show the "2k" array) with a warning, unless ``platform`` names it.
+    Contradictions of more than 5 % are told by a warning.
 
     Parameters
     ----------
@@ -171,6 +189,8 @@ def resolve_mpp(
             check_positive(name, value)
     row = None if platform is None else get_platform(platform)
     lattice = detect_lattice(coords_px)
+    if lattice.kind == "none" and array_positions is not None:
+        lattice = _hexagonal_array(np.asarray(coords_px), np.asarray(array_positions))
     row = _bins(lattice, row, metadata_mpp, spot_diameter_px)
     row, assumed = _platform_of(lattice, row, array_positions, spot_diameter_px)
     found: dict[str, float] = {}
