@@ -405,12 +405,12 @@ class STORM(Model):
         self._fit_regression(with_counts)
 
     def adapt_inputs(self, slides: Sequence[SlideInputs]) -> None:
-        """Learn genes that no slide had before, and fit the regression on windows to the new slides."""
+        """Learn genes that are new, and what new slides say of themselves; fit the regression on windows to them."""
         with_counts = self._note(slides)
         if with_counts:
             sample = Sample.of(with_counts, len(self.table.known), patch=True)
             learn_genes(self.table, sample)
-            if self.config.own_field:
+            if self.config.own_field and any(one.slide.name not in self.seen.slides for one in with_counts):
                 self.own = fit_own(self.table, sample)
         self._fit_regression(with_counts)
 
