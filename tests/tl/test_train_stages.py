@@ -125,6 +125,20 @@ def test_a_loss_that_is_no_number_names_the_batch_and_keeps_the_checkpoint(tmp_p
     assert kept["epoch"] == 0
 
 
+def test_errors_are_measured_once_after_the_last_stage(monkeypatch):
+    from stfm.models.storm import STORM
+
+    right, stages = STORM.calibrate, []
+
+    def noted(self, *args, **options):
+        stages.append(self.stage)
+        return right(self, *args, **options)
+
+    monkeypatch.setattr(STORM, "calibrate", noted)
+    train(stage="both")
+    assert stages == ["align"]
+
+
 def test_weights_that_are_nan_ask_for_a_lower_rate():
     data = slides()
     model = create("storm-tiny", Vocabulary(GENES), **CONFIG)

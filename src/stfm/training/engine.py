@@ -50,6 +50,7 @@ def fit(
     prepare: Callable[[Model, Sequence[SlideInputs]], None] | None = None,
     fit_inputs: bool = True,
     adapt: bool = False,
+    calibrate: bool = True,
     resume: str | Path | bool | None = None,
     checkpoint_dir: str | Path | None = None,
     seed: int = 0,
@@ -76,6 +77,9 @@ def fit(
         continues from trained weights.
     adapt
         Whether a model that was trained before takes what it can from the new slides (``Model.adapt_inputs``).
+    calibrate
+        Whether the size of the model's errors is measured at the end (``Model.calibrate``); off where another stage
+        follows, which would measure it again.
     resume
         Checkpoint to go on from; True takes the newest of ``checkpoint_dir`` if there is one.
     checkpoint_dir
@@ -129,7 +133,10 @@ def fit(
         trainer = _trainer(recipe, callbacks, accelerator=accelerator, devices=devices, validates=bool(validation))
         module.train()
         trainer.fit(module, datamodule=data, ckpt_path=None if start is None else str(start))
-    _calibrate(model, journal, inputs[: len(train)], inputs[len(train) :], accelerator)
+    _take_best(model, journal)
+    if calibrate:
+        _calibrate(model, inputs[: len(train)], inputs[len(train) :], accelerator)
+    model.ready([])
     return _finished(model, train, validation, recipe, journal)
 
 
@@ -175,7 +182,8 @@ def fit_stages(
             first = model.history is None
             shown, seen = _those_of_stage(model, train, stage), _those_of_stage(model, how.get("validation", ()), stage)
             part = {**how, "validation": seen}
-            fit(model, shown, recipe, fit_inputs=first, adapt=adapt, checkpoint_dir=folder, **part)
+            last = stage == stages[-1]
+            fit(model, shown, recipe, fit_inputs=first, adapt=adapt, calibrate=last, checkpoint_dir=folder, **part)
             adapt = False
     return model
 
@@ -209,15 +217,16 @@ def _check_paired(model: Model, slides: Sequence[Slide], stages: Sequence[str | 
     raise InputError(msg)
 
 
-def _calibrate(
-    model: Model, journal: Journal, train: Sequence[SlideInputs], validation: Sequence[SlideInputs], device: str
-) -> None:
-    """Take the best weights, and the size of their errors on slides that they were not learned from, if there are."""
+def _take_best(model: Model, journal: Journal) -> None:
+    """Take the best weights where they were kept."""
     if journal.best_weights is not None:
         model.load_state_dict(journal.best_weights, strict=False)
+
+
+def _calibrate(model: Model, train: Sequence[SlideInputs], validation: Sequence[SlideInputs], device: str) -> None:
+    """Measure the size of the errors on slides that the weights were not learned from, if there are any."""
     with evaluating(model, resolve_device(device)):
         model.calibrate(validation or train, held_out=bool(validation))
-    model.ready([])
 
 
 def _finished(
