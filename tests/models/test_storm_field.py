@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import stfm as sf
+from stfm.models._sample import Sample
 from stfm.models._storm_field import LatentField
-from stfm.models._storm_fit import Sample
 from stfm.models.inputs import SlideInputs
 from stfm.models.storm_config import STORMConfig
 from stfm.slide import as_slides

@@ -215,10 +215,22 @@ def test_shared_directions_are_those_of_the_dense_problem():
     graph = chain(300)
     dense = z.T @ (graph.to_dense() + 0.3 * torch.eye(300)) @ z / 300
     values, vectors = torch.linalg.eigh(dense)
-    deviation, directions = shared_components(z, graph, 4, own=0.3)
+    deviation, directions = shared_components(z, graph, 4, single=0.3)
     torch.testing.assert_close(deviation.square(), values.flip(0)[:4], rtol=1e-3, atol=0.0)
     overlap = (directions @ vectors.flip(1)[:, :4]).abs()
     torch.testing.assert_close(overlap, torch.eye(4), atol=1e-2, rtol=0.0)
+
+
+def test_neighbours_that_are_unlike_do_not_hide_those_that_are_alike():
+    place = torch.arange(300.0)
+    generator = torch.Generator().manual_seed(0)
+    alternating = 9 * torch.cos(torch.pi * place)[:, None] * torch.randn(40, generator=generator)
+    z = alternating + (place / 30).sin()[:, None] * torch.randn(40, generator=generator)
+    z = z + 0.1 * torch.randn(300, 40, generator=generator)
+    z = z - z.mean(dim=0)
+    deviation, directions = shared_components(z, chain(300), 2, single=0.0)
+    assert float(deviation[0]) > 1.0
+    assert abs(float(np.corrcoef(z @ directions[0], (place / 30).sin())[0, 1])) > 0.9
 
 
 def test_directions_of_neighbours_leave_out_what_they_do_not_share():

@@ -99,4 +99,4 @@ def _local(source: str | Path, *, gated: bool) -> Path:
     """Return where a file or a folder lies on this machine; what lies elsewhere is fetched."""
     from stfm.weights import locate
 
-    return Path(locate(str(source), gated=gated)) if _is_fetched(source) else Path(source)
+    return Path(locate(str(source), gated=gated)) if _is_fetched(source) else Path(source).expanduser()

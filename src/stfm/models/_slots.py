@@ -14,11 +14,11 @@ from stfm._errors import InputError, StfmWarning, WrongTypeError
 from stfm._validate import did_you_mean
 from stfm.encoders.build import build_encoder
 from stfm.encoders.registry import ENCODERS, custom_spec
+from stfm.models._sample import fit_limit, sample_spots
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
-    from numpy.typing import NDArray
     from torch import Tensor
 
     from stfm.encoders.base import Encoder, GeneEncoder, ImageEncoder
@@ -26,10 +26,6 @@ if TYPE_CHECKING:
     from stfm.models.inputs import SlideInputs
     from stfm.nn.batch import Batch
     from stfm.slide.genes import Vocabulary
-
-#: what is estimated from training slides looks at no more than this
-MAX_FIT_SPOTS = 20_000
-MAX_FIT_VALUES = 100_000_000
 
 
 @dataclass(frozen=True)
@@ -169,41 +165,6 @@ def _build(choice: EncoderChoice, vocabulary: Vocabulary | None, *, pretrained: 
         lora_rank=choice.lora_rank,
         on_mpp=choice.on_mpp,
     )
-
-
-def fit_limit(n_genes: int) -> int:
-    """Return how many spots of so many genes are held in memory to fit something on."""
-    return max(2, min(MAX_FIT_SPOTS, MAX_FIT_VALUES // n_genes))
-
-
-def sample_spots(
-    slides: Sequence[SlideInputs], most: int, *, patch: bool = False
-) -> Iterator[tuple[SlideInputs, NDArray[np.int64]]]:
-    """Yield each slide with positions of some of its spots, the same share of all, about ``most`` together.
-
-    They are drawn at random, or are the ``patch`` around the middle of the slide, whose spots have their neighbours.
-    """
-    share = min(1.0, most / max(1, sum(s.n_obs for s in slides)))
-    rng = np.random.default_rng(0)
-    for slide in slides:
-        size = min(slide.n_obs, max(2, int(share * slide.n_obs)))
-        chosen = around_middle(slide.slide.coords, size) if patch else rng.choice(slide.n_obs, size, replace=False)
-        yield slide, np.sort(chosen).astype(np.int64)
-
-
-def around_middle(coords: NDArray[np.floating], size: int) -> NDArray[np.int64]:
-    """Return the positions of the places nearest to the middle of all, in rising order."""
-    distance = np.linalg.norm(coords - np.median(coords, axis=0), axis=1)
-    return np.sort(np.argsort(distance, kind="stable")[:size])
-
-
-def genes_measured(slides: Sequence[SlideInputs], n_genes: int, *, paired: bool = False) -> Tensor:
-    """Return which genes of the vocabulary some slide has measured, of ``paired`` one that has H&E too, ``(G,)``."""
-    found = np.zeros(n_genes, dtype=bool)
-    for slide in slides:
-        if slide.has_gene and (slide.has_image or not paired):
-            found |= slide.measured_genes
-    return torch.from_numpy(found)
 
 
 def fit_gene_encoder(encoder: GeneEncoder, slides: Sequence[SlideInputs], *, niche: bool) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from stfm.models._slots import sample_spots
+from stfm.models._sample import sample_spots
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

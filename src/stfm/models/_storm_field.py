@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from stfm.models._slots import around_middle
-from stfm.slide.niches import knn
+from stfm.models._pitches import pitches_apart
+from stfm.models._sample import around_middle
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -18,9 +18,8 @@ if TYPE_CHECKING:
 
     from stfm.models.inputs import SlideInputs
     from stfm.nn.gene_table import GeneTable
-    from stfm.slide._niche_table import NicheTable
 
-__all__ = ["LatentField", "fit_field", "lags"]
+__all__ = ["LatentField", "fit_field", "read_latent"]
 
 #: neighbours whose products with a spot tell how far a component reaches: four rings of a hexagonal lattice
 _NEIGHBOURS = 60
@@ -128,24 +127,16 @@ class LatentField(nn.Module):
 
 def _covariances(values: NDArray[np.float64], coords: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return rows of (mean distance, pairs, pitch, mean product of each component), one for each whole pitch."""
-    table, lag, pitch = lags(coords)
+    if len(coords) < 2:
+        return np.empty((0, values.shape[1] + 3))
+    table, steps, pitch = pitches_apart(coords, _NEIGHBOURS)
     rows = []
     for step in range(1, _LAGS + 1):
-        i, k = np.nonzero(lag == step)
+        i, k = np.nonzero(steps == step)
         if len(i):
             product = np.einsum("ij,ij->j", values[i], values[table.index[i, k]]) / len(i)
             rows.append([float(table.distance[i, k].mean()), float(len(i)), pitch, *product])
     return np.array(rows).reshape(-1, values.shape[1] + 3)
-
-
-def lags(coords: NDArray[np.float64], n_neighbors: int = _NEIGHBOURS) -> tuple[NicheTable, NDArray[np.int64], float]:
-    """Return the nearest of each place, how many pitches away each is (0: none there), and the pitch."""
-    table = knn(coords, min(n_neighbors, len(coords) - 1))
-    nearest = table.distance[:, 0]
-    pitch = float(np.median(nearest[np.isfinite(nearest)]))
-    lag = np.rint(np.where(np.isfinite(table.distance), table.distance, 0.0) / max(pitch, 1e-9)).astype(np.int64)
-    lag[table.index < 0] = 0
-    return table, lag, pitch
 
 
 def _fit_exponential(

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from scipy import sparse
 from torch import Tensor
 
-from stfm.models._slots import MAX_FIT_SPOTS, fit_limit, sample_spots
-from stfm.models._storm_field import lags
+from stfm.models._sample import MAX_FIT_SPOTS, Sample, genes_measured, sample_spots
 from stfm.models._storm_linear import window_features
 
 if TYPE_CHECKING:
@@ -25,73 +22,8 @@ if TYPE_CHECKING:
     from stfm.nn.gene_table import GeneTable
 
 _BATCH = 256
-#: nearest spots among which those a pitch away are looked for: more than a ring of any lattice has
-_RING = 18
 #: spots whose scaled features are kept in memory
 _MAX_KEPT = 1_000_000
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Some spots of the training slides, slide after slide.
-
-    Attributes
-    ----------
-    x
-        Log-normalised expression, ``(n, G)``.
-    totals
-        Counts a spot, ``(n,)``.
-    mask
-        Which genes were measured, bool ``(n, G)``; None: all.
-    slide
-        Number of the slide of each spot, ``(n,)``.
-    coords
-        Coordinates of the spots of each slide.
-    """
-
-    x: Tensor
-    totals: Tensor
-    mask: Tensor | None
-    slide: Tensor
-    coords: list[NDArray[np.float64]]
-
-    @classmethod
-    def of(cls, slides: Sequence[SlideInputs], n_genes: int, *, patch: bool = False) -> Sample:
-        """Read so many spots of slides with counts as fit into memory: at random, or a ``patch`` of each slide."""
-        values, masks, totals, groups, coords = [], [], [], [], []
-        for slide, index in sample_spots(slides, fit_limit(n_genes), patch=patch):
-            batch = slide.spots(index)
-            if batch.counts is None or batch.totals is None:
-                continue
-            values.append(batch.counts)
-            totals.append(batch.totals)
-            groups.append(torch.full((len(index),), slide.slide_id, dtype=torch.int64))
-            none_absent = torch.ones_like(batch.counts, dtype=torch.bool)
-            masks.append(none_absent if batch.gene_mask is None else batch.gene_mask)
-            coords.append(slide.slide.coords[index])
-        mask = torch.cat(masks)
-        whole = bool(mask.all())
-        return cls(torch.cat(values), torch.cat(totals), None if whole else mask, torch.cat(groups), coords)
-
-    def graph(self) -> Tensor:
-        """Return which spots are neighbours, sparse ``(n, n)``, symmetric; the entries of each slide sum to its spots.
-
-        Neighbours are a pitch apart: the ring around a spot on a lattice.
-        """
-        blocks = [_neighbours(np.asarray(places, dtype=np.float64)) for places in self.coords]
-        joined = sparse.block_diag(blocks, format="coo")
-        places = torch.from_numpy(np.stack([joined.row, joined.col]).astype(np.int64))
-        return torch.sparse_coo_tensor(places, torch.from_numpy(joined.data), joined.shape, check_invariants=True)
-
-
-def _neighbours(coords: NDArray[np.float64]) -> sparse.csr_matrix:
-    n = len(coords)
-    if n < 2:
-        return sparse.csr_matrix(np.zeros((n, n), np.float32))
-    table, lag, _ = lags(coords, _RING)
-    i, k = np.nonzero(lag == 1)
-    graph = sparse.csr_matrix((np.ones(len(i), np.float32), (i, table.index[i, k])), shape=(n, n))
-    return (graph + graph.T) * (n / max(2 * len(i), 1))
 
 
 def fit_table(table: GeneTable, slides: Sequence[SlideInputs], *, within: bool = False) -> float:
@@ -103,12 +35,13 @@ def fit_table(table: GeneTable, slides: Sequence[SlideInputs], *, within: bool =
     return float(sample.totals.median())
 
 
-def learn_genes(table: GeneTable, sample: Sample) -> int:
-    """Let the gene table learn genes that it does not know yet; return how many."""
+def learn_genes(table: GeneTable, slides: Sequence[SlideInputs]) -> None:
+    """Let the gene table learn genes that it does not know yet, where the slides have any."""
     device = table.embedding.device
-    learned = table.cpu().learn(sample.x, sample.totals, sample.mask)
-    table.to(device)
-    return learned
+    if bool((genes_measured(slides, len(table.known)).to(device) & ~table.known).any()):
+        sample = Sample.of(slides, len(table.known))
+        table.cpu().learn(sample.x, sample.totals, sample.mask)
+        table.to(device)
 
 
 def fit_image_scale(image: ImageTokens, slides: Sequence[SlideInputs]) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from stfm._errors import DataIntegrityError, InputError, MissingKeyError, StfmWarning
+from stfm._keys import UNNAMED
 from stfm._validate import check_choice
 from stfm._version import __version__
 from stfm.models._card import About, licences, model_card
@@ -88,6 +89,11 @@ class Seen:
     adapted_from: list[dict[str, str]] = field(default_factory=list)
     #: recipe by which the model is trained further, where it is another one
     further: dict[str, Any] = field(default_factory=dict)
+
+    def has(self, slide: Any) -> bool:
+        """Return whether a slide is among them: not one that nobody named, nor one of another study."""
+        same = not self.studies or slide.study is None or slide.study in self.studies
+        return same and slide.name != UNNAMED and slide.name in self.slides
 
     def add(self, slides: Sequence[Any]) -> None:
         """Add slides, with where they come from, once each: a second stage sees no other spots."""
@@ -381,7 +387,7 @@ class Model(nn.Module, ABC):
         except SafetensorError as error:
             msg = f"{path} is no whole safetensors file ({error}); save or fetch it again."
             raise DataIntegrityError(msg) from error
-        self.resize_buffers(state)
+        self.make_room(state)
         own = self.state_dict()
         wrong = [k for k in {*own, *state} if k not in own or k not in state or own[k].shape != state[k].shape]
         if wrong:
@@ -393,8 +399,8 @@ class Model(nn.Module, ABC):
         check_finite(state, str(path))
         self.load_state_dict(state)
 
-    def resize_buffers(self, state: dict[str, Tensor]) -> None:
-        """Give buffers whose size was fitted to data the size they have in ``state``; none by default."""
+    def make_room(self, state: dict[str, Tensor]) -> None:
+        """Add the parts that a model only got from data, as they stand in ``state``; none by default."""
 
 
 def shared_config(config: Any) -> dict[str, Any]:

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from stfm._errors import InputError
 from stfm._validate import check_choice
-from stfm.models._slots import build_gene, build_image, check_batch, fit_gene_encoder, genes_measured
+from stfm.models._sample import Sample, genes_measured
+from stfm.models._slots import build_gene, build_image, check_batch, fit_gene_encoder
 from stfm.models._storm_calibrate import fit_calibration, fit_expected_variance
+from stfm.models._storm_components import SlideComponents, fit_components
 from stfm.models._storm_field import LatentField, fit_field, read_latent
 from stfm.models._storm_fit import (
-    Sample,
     fit_image_scale,
     fit_table,
     fit_window_regression,
@@ -22,7 +23,6 @@ from stfm.models._storm_fit import (
     learn_genes,
 )
 from stfm.models._storm_linear import WindowRegression, window_features
-from stfm.models._storm_own import OwnComponents, fit_own
 from stfm.models._storm_spatial import Decoder, Shown, SpatialEncoder, Windows, draw_masks
 from stfm.models._storm_tokens import ImageTokens
 from stfm.models.base import Embedding, Model, Prediction, TunedParts
@@ -110,7 +110,7 @@ class STORM(Model):
         self.spatial = SpatialEncoder(config)
         self.gene_decoder = Decoder(config, config.gene_width)
         self.field = LatentField(config.gene_width) if config.joint == "field" else None
-        self.own: OwnComponents | None = None
+        self.slide_components: SlideComponents | None = None
         self.align_heads = nn.ModuleDict({name: _identity(d) for name in ("image", "gene")})
         self.temperature = Temperature(config.temperature, learned=True)
         self.register_buffer("typical_total", torch.full((), 1e4))
@@ -205,8 +205,7 @@ class STORM(Model):
 
     def latent(self, counts: Tensor, mask: Tensor | None) -> Tensor:
         """Return the latent expression that the gene table reads from counts, ``(n, e)``."""
-        with torch.autocast(counts.device.type, enabled=False):
-            return self.table.read(counts.float(), mask)
+        return self.table.read(counts, mask)
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """Return ``"loss"`` and its parts: ``"image"``, ``"gene"`` (masked), ``"align"``, by the stage.
@@ -292,8 +291,9 @@ class STORM(Model):
         Returns
         -------
         ``joint``: the spot's tokens after the spatial level (one stands in for the other where a modality is absent),
-        or the latent expression of its surroundings (``joint="field"``); ``image``, ``gene``: of one modality alone,
-        in one space once ``stage="align"`` was trained; ``niche``: mean of the window's tokens.
+        or the latent expression of its surroundings (``joint="field"``), after the components of the slides that the
+        model was adapted to, where it was (``slide_components``, which makes it wider); ``image``, ``gene``: of one
+        modality alone, in one space once ``stage="align"`` was trained; ``niche``: mean of the window's tokens.
         """
         windows = self.windows(batch)
         shown = windows.shown()
@@ -303,25 +303,23 @@ class STORM(Model):
             pair = [middle.get(name, next(iter(middle.values()))) for name in ("image", "gene")]
             joint = F.normalize(torch.cat(pair, dim=-1) if self.config.joint == "concat" else pair[0] + pair[1], dim=-1)
         else:
-            joint, written = self._latent(batch, windows, encoded, self.field)
-            joint = joint if self.own is None else self.own(joint, batch, windows, written)
+            written = self.gene_decoder(encoded, shown, windows.bias, middle=True)[:, 0].float()
+            joint = self._latent(batch, windows, written, self.field)
+            joint = joint if self.slide_components is None else self.slide_components(joint, batch, windows, written)
         apart = {name: F.normalize(self._apart(windows, name), dim=-1) for name in encoded}
         weight = windows.present[..., None].to(windows.xy_um.dtype)
         means = [(tokens * weight).sum(dim=1) / weight.sum(dim=1) for tokens in encoded.values()]
         niche = F.normalize(torch.stack(means).mean(dim=0), dim=-1)
         return Embedding(joint, apart.get("image"), apart.get("gene"), niche)
 
-    def _latent(
-        self, batch: Batch, windows: Windows, encoded: dict[str, Tensor], field: LatentField
-    ) -> tuple[Tensor, Tensor]:
-        """Return the latent expression that each window shares, the decoder's where none was measured, and that.
+    def _latent(self, batch: Batch, windows: Windows, written: Tensor, field: LatentField) -> Tensor:
+        """Return the latent expression that each window shares; what the decoder wrote where none was measured.
 
         A component has the size that it has in expression, the length of its column of gene embeddings.
         """
         size = self.table.embedding.norm(dim=0)
-        written = self.gene_decoder(encoded, windows.shown(), windows.bias, middle=True)[:, 0].float()
         if "gene" not in windows.tokens or batch.counts is None:
-            return size * written, written
+            return size * written  # type: ignore[no-any-return]
         latent = self.latent(batch.counts, batch.gene_mask)
         shared = torch.empty_like(written)
         slides = windows.rows.new_zeros(len(written)) if batch.slide_id is None else batch.slide_id[windows.rows[:, 0]]
@@ -329,7 +327,7 @@ class STORM(Model):
             here = slides == slide
             one = self._field_of(slide, field)
             shared[here] = one(latent[windows.rows[here]], windows.xy_um[here], windows.gene[here])
-        return size * torch.where(windows.gene.any(dim=1, keepdim=True), shared, written), written
+        return size * torch.where(windows.gene.any(dim=1, keepdim=True), shared, written)  # type: ignore[no-any-return]
 
     def _field_of(self, slide: int, field: LatentField) -> LatentField:
         """Return the field as the slide itself tells it, too, where it was made ready."""
@@ -408,16 +406,17 @@ class STORM(Model):
         """Learn genes that are new, and what new slides say of themselves; fit the regression on windows to them."""
         with_counts = self._note(slides)
         if with_counts:
-            sample = Sample.of(with_counts, len(self.table.known), patch=True)
-            learn_genes(self.table, sample)
-            if self.config.own_field and any(one.slide.name not in self.seen.slides for one in with_counts):
-                self.own = fit_own(self.table, sample)
+            learn_genes(self.table, with_counts)
+            if self.config.slide_components and not all(self.seen.has(one.slide) for one in with_counts):
+                sample = Sample.of(with_counts, len(self.table.known), patch=True)
+                found = fit_components(self.table, sample, self.config.slide_components)
+                self.slide_components = self.slide_components if found is None else found
         self._fit_regression(with_counts)
 
-    def resize_buffers(self, state: dict[str, Tensor]) -> None:
-        """Make room for the own components of the slides that a saved model was adapted to."""
-        genes = state.get("own.genes")
-        self.own = None if genes is None else OwnComponents(len(genes), self.config.gene_width)
+    def make_room(self, state: dict[str, Tensor]) -> None:
+        """Make room for the components of the slides that a saved model was adapted to."""
+        size = state.get("slide_components.embedding")
+        self.slide_components = None if size is None else SlideComponents(len(size), self.table.width, size.shape[1])
 
     def _note(self, slides: Sequence[SlideInputs]) -> list[SlideInputs]:
         """Remember which modalities training had, and of which genes both; return the slides with counts."""

@@ -75,8 +75,10 @@ class STORMConfig:
         reaches (:class:`~stfm.models._storm_field.LatentField`), written by the decoder where nothing was measured.
     own_field
         Whether the reach of each component (``joint="field"``) is seen on the slide itself, too, so that an embedding
-        depends on its slide; off takes that of the training slides. A model that goes on with other slides then adds
-        components of their own (:class:`~stfm.models._storm_own.OwnComponents`).
+        depends on its slide; off takes that of the training slides.
+    slide_components
+        Components (``joint="field"``) that a trained model gets of slides that it goes on with and has not seen, beside
+        its own (:class:`~stfm.models._storm_components.SlideComponents`); 0 gives it none.
     ablation
         ``"full"``; ``"no-neighbours"``: windows of one spot; ``"no-image"``, ``"no-gene"``: one modality;
         ``"no-distance"``: no distance bias; ``"shared-experts"``.
@@ -116,6 +118,7 @@ class STORMConfig:
     linear_blend: float = 0.0
     joint: str = "concat"
     own_field: bool = False
+    slide_components: int = 0
     ablation: str = "full"
     min_fraction: float = 0.01
 
@@ -129,7 +132,7 @@ class STORMConfig:
         check_choice("ablation", self.ablation, ABLATIONS)
         for name in ("spot_px", "window", "width", "depth", "heads", "gene_width", "max_genes"):
             check_count(name, getattr(self, name))
-        for name in ("decoder_depth", "feature_components", "n_visible"):
+        for name in ("decoder_depth", "feature_components", "n_visible", "slide_components"):
             check_count(name, getattr(self, name), minimum=0)
         for name in ("feature_dropout", "dropout", "drop_path", "cross_share", "linear_blend", "min_fraction"):
             check_range(name, getattr(self, name), 0.0, 1.0)
@@ -208,7 +211,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "small": {**_LIGHT, "width": 96, "depth": 2, "heads": 4, "gene_width": 32, "spot_px": 112},
     "base": {
         **_LIGHT, "image": EncoderChoice("stfm-tower", weights="default"), "spot_px": 112, "width": 128, "depth": 2,
-        "heads": 4, "gene_width": 64, "within_slides": True, "own_field": True,
+        "heads": 4, "gene_width": 64, "within_slides": True, "own_field": True, "slide_components": 16,
     },
     "tiny": {
         **_LIGHT, "width": 48, "depth": 1, "heads": 4, "gene_width": 16, "spot_px": 56,

@@ -16,7 +16,8 @@ from stfm._validate import check_choice
 from stfm.models._multibranch_fit import colour_scale, squared_errors
 from stfm.models._multibranch_network import TissueNetwork
 from stfm.models._multibranch_parts import Tissue, mean_where
-from stfm.models._slots import check_batch, fit_gene_encoder, genes_measured
+from stfm.models._sample import genes_measured
+from stfm.models._slots import check_batch, fit_gene_encoder
 from stfm.models.base import Embedding, Prediction, TunedParts
 from stfm.models.inputs import InputSpec
 from stfm.models.storm_multibranch_config import STAGES, StormMultiBranchConfig

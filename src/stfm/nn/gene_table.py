@@ -25,7 +25,7 @@ _FLOOR = 0.05  # deviation of a gene that hardly varies: at unit variance it wou
 _CLIP = 10.0
 _RARE = 1e-8  # share of the counts of a gene that was never seen
 _DISPERSION = 10.0
-_OWN = 0.3  # weight of the variance of single spots beside what neighbours share
+_SINGLE = 0.3  # weight of the variance of single spots beside what neighbours share
 
 
 class GeneTable(nn.Module):
@@ -145,12 +145,12 @@ class GeneTable(nn.Module):
             deviation, directions = leading_components(z, rank)
             held = deviation.square()
         else:
-            deviation, directions = shared_components(z, graph, rank, own=_OWN)
+            deviation, directions = shared_components(z, graph, rank, single=_SINGLE)
             held = (z @ directions.T).square().mean(dim=0)
         left = (z.square().sum() / len(z) - held.sum()).clamp_min(0.0)
         self.noise.copy_((left / max(1, z.shape[1] - rank)).clamp_min(1e-3))
-        # Probabilistic PCA: e = directions * sqrt(variance - noise), so that u has unit variance; what neighbours share
-        # has no noise in it.
+        # Probabilistic PCA: e = directions * sqrt(variance - noise), so that u has unit variance. What neighbours share
+        # holds little noise; there the size of a direction is that of its eigenvalue.
         gain = (deviation.square() - (self.noise if graph is None else 0.0)).clamp_min(1e-6).sqrt()
         self.embedding.zero_()
         self.embedding[:, :rank] = (directions * gain[:, None]).T
@@ -268,27 +268,33 @@ def expected_latent(
     *,
     known: Tensor | None = None,
 ) -> Tensor:
-    """Return ``E[u] = (EᵀE + noise)⁻¹ Eᵀ z`` of spots, ``(b, e)``; z is their standardised expression.
+    """Return ``E[u] = (EᵀE + noise)⁻¹ Eᵀ z`` of spots, float32 ``(b, e)``; z is their standardised expression.
 
     Parameters
     ----------
     x
         Log-normalised expression, ``(b, G)``.
-    mean, scale, embedding, noise
-        Of the genes, and E ``(G, e)``.
+    mean, scale
+        Of the genes, ``(G,)``.
+    embedding
+        E, ``(G, e)``.
+    noise
+        Variance of what the embeddings do not tell, a scalar.
     mask
         Which genes were measured, bool ``(b, G)``; None: all.
     known
         Which genes may be read, bool ``(G,)``; None: all.
     """
     panels, which = _panels(mask, len(x), torch.ones_like(mean, dtype=torch.bool) if known is None else known)
-    if len(panels) == 1:
-        return _posterior(x, mean, scale, embedding, noise, panels[0])
-    out = x.new_zeros(len(x), embedding.shape[1])
-    for i, panel in enumerate(panels):  # one small system a panel, that is a slide
-        rows = (which == i).nonzero().squeeze(1)
-        out = out.index_put((rows,), _posterior(x[rows], mean, scale, embedding, noise, panel))
-    return out
+    with torch.autocast(x.device.type, enabled=False):  # small systems that half precision cannot solve
+        x = x.float()
+        if len(panels) == 1:
+            return _posterior(x, mean, scale, embedding, noise, panels[0])
+        out = x.new_zeros(len(x), embedding.shape[1])
+        for i, panel in enumerate(panels):  # one small system a panel, that is a slide
+            rows = (which == i).nonzero().squeeze(1)
+            out = out.index_put((rows,), _posterior(x[rows], mean, scale, embedding, noise, panel))
+        return out
 
 
 def _posterior(x: Tensor, mean: Tensor, scale: Tensor, embedding: Tensor, noise: Tensor, panel: Tensor) -> Tensor:

@@ -177,7 +177,7 @@ def _tell_doubled(panel: Panel, columns: list[int]) -> None:
 def _mismatch(match: GeneMatch, panel: Panel, vocabulary: Vocabulary, min_fraction: float | None) -> str:
     advice = "put the symbols or Ensembl ids that both have into adata.var_names, or a column gene_symbols or gene_ids"
     ids_only = not any(panel.symbol_keys) or not any(vocabulary.panel.symbol_keys)
-    if match.species_note and ids_only:
+    if match.species_note and ids_only and not any(vocabulary.orthologue_keys):
         advice = f"a {panel.species} panel meets a {vocabulary.species} vocabulary by symbol only: {advice}"
     elif ids_only and not (any(panel.id_keys) and any(vocabulary.panel.id_keys)):
         advice = f"one has Ensembl ids only, the other symbols only: {advice}"

@@ -94,7 +94,7 @@ def spatial_domains(
     MissingKeyError
         The embedding or the coordinates are not there.
     InputError
-        An argument is out of range, or the embedding is not finite.
+        An argument is out of range, the embedding is not finite, or ``uns[key_added]`` holds another result.
 
     Examples
     --------
@@ -149,7 +149,8 @@ def spatial_domains(
 def _check_free(adata: AnnData, key: str) -> None:
     """Refuse a name under which ``uns`` keeps how something else was made."""
     there = adata.uns.get(key)
-    if there is not None and not (isinstance(there, Mapping) and "n_domains" in there.get("params", {})):
+    params = there.get("params") if isinstance(there, Mapping) else None
+    if there is not None and not (isinstance(params, Mapping) and "n_domains" in params):
         msg = f"key_added={key!r} is the name of another result (adata.uns[{key!r}]); give the domains their own."
         raise InputError(msg)
 

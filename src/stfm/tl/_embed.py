@@ -194,7 +194,7 @@ def _describe(model: Model, source: str, inputs: Sequence[SlideInputs], params: 
             "genes_matched": [0 if match is None else match.n_matched for match in matches],
             "mpp": [np.nan if one.slide.mpp is None else one.slide.mpp for one in inputs],
             # A number measured on these is no number of generalisation.
-            "seen_in_training": [one.slide.name in model.seen.slides for one in inputs],
+            "seen_in_training": [model.seen.has(one.slide) for one in inputs],
             "params": dict(params),
         }
     )

@@ -253,7 +253,8 @@ def _start(model: Any, init: Model | str | Path | None, config: Mapping[str, Any
         msg = f"init must be a model or the folder of a saved one, got {type(source).__name__}."
         raise WrongTypeError(msg)
     made, where = resolve_model(source)
-    return _adapted(made, Path(where).name)  # of a folder no more than its name, since the card is to be shared
+    # Of a folder no more than its name, since the card is to be shared.
+    return _adapted(made, Path(where).resolve().name)
 
 
 def _adapted(model: Model, name: str) -> Model:

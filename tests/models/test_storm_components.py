@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import stfm as sf
-from stfm.models._storm_fit import Sample
-from stfm.models._storm_own import fit_own
+from stfm.models._sample import Sample
+from stfm.models._storm_components import fit_components
 from stfm.nn.gene_table import GeneTable
 
 pytestmark = pytest.mark.filterwarnings("ignore::stfm.errors.StfmWarning")
@@ -23,7 +23,8 @@ def sections():
 
 @pytest.fixture(scope="module")
 def model(sections):
-    return sf.tl.train(sections[0], "storm-tiny", epochs=1, validation=None, config={"own_field": True})
+    config = {"own_field": True, "slide_components": 16}
+    return sf.tl.train(sections[0], "storm-tiny", epochs=1, validation=None, config=config)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def embedded(adata, model, **options) -> np.ndarray:
 
 
 def test_an_adapted_model_has_them_and_comes_back_bit_equal(sections, model, adapted, tmp_path):
-    assert model.own is None
+    assert model.slide_components is None
     before, after = embedded(sections[1], model), embedded(sections[1], adapted)
     assert before.shape[1] == 16
     assert after.shape[1] == WIDTH
@@ -52,11 +53,12 @@ def test_an_adapted_model_has_them_and_comes_back_bit_equal(sections, model, ada
 def test_another_slide_replaces_them_and_one_that_was_seen_does_not(sections, adapted):
     short = {"epochs": 1, "validation": None, "stage": "mask"}
     further = sf.tl.train(sections[2], init=adapted, tune="head", **short)
-    assert float(further.own.known) != float(adapted.own.known)
+    before, after = adapted.slide_components, further.slide_components
+    assert before.genes.tolist() != after.genes.tolist() or not torch.equal(before.embedding, after.embedding)
     assert embedded(sections[2], further).shape[1] == WIDTH
     again = sf.tl.train(sections[1], init=adapted, **short)
-    torch.testing.assert_close(again.own.embedding, adapted.own.embedding, rtol=0.0, atol=0.0)
-    assert len(list(further.own.parameters())) == 0
+    torch.testing.assert_close(again.slide_components.embedding, adapted.slide_components.embedding, rtol=0.0, atol=0.0)
+    assert len(list(further.slide_components.parameters())) == 0
 
 
 def test_h_and_e_alone_and_part_of_a_panel(sections, adapted):
@@ -71,9 +73,40 @@ def test_h_and_e_alone_and_part_of_a_panel(sections, adapted):
     assert min(r) > 0.8
 
 
+def test_slides_without_a_name_are_never_the_same(sections, model):
+    unnamed = []
+    for section in sections[1:]:
+        adata = section.copy()
+        del adata.obs["library_id"]
+        adata.uns = {}
+        unnamed.append(adata)
+    short = {"epochs": 1, "validation": None, "stage": "mask", "mpp": 1.0}
+    first = sf.tl.train(unnamed[0], init=model, **short)
+    second = sf.tl.train(unnamed[1], init=first, **short)
+    assert float(first.slide_components.latent_size) != float(second.slide_components.latent_size)
+
+
+def test_half_precision_and_several_slides_with_panels_of_their_own(sections, model, tmp_path):
+    parts = [sections[1][:, :250].copy(), sections[2][:, 100:].copy()]
+    both = sf.tl.train(parts, init=model, epochs=1, validation=None)
+    full, half = (embedded(parts[0], both, precision=precision) for precision in ("fp32", "bf16"))
+    assert full.shape[1] == WIDTH
+    assert np.corrcoef(full[:, 0], half[:, 0])[0, 1] > 0.99
+    saved = sf.models.load(both.save(tmp_path / "m", dtype="fp16"))
+    np.testing.assert_allclose(embedded(parts[0], saved), full, atol=0.02 * np.abs(full).max())
+
+
+def test_random_numbers_of_the_user_are_left_alone(sections, model):
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    sf.tl.train(sections[1], init=model, epochs=1, validation=None, stage="mask")
+    torch.testing.assert_close(torch.rand(2), expected, rtol=0.0, atol=0.0)
+
+
 def test_models_that_do_not_look_at_a_slide_go_without(sections):
     start = sf.tl.train(sections[0], "storm-tiny", epochs=1, validation=None)
-    assert sf.tl.train(sections[1], init=start, epochs=1, validation=None).own is None
+    assert sf.tl.train(sections[1], init=start, epochs=1, validation=None).slide_components is None
 
 
 def tissue(n_genes: int) -> tuple[Sample, np.ndarray]:
@@ -92,7 +125,7 @@ def test_they_are_what_neighbours_share():
     sample, programme = tissue(60)
     table = GeneTable(60, 4, likelihood="gaussian").requires_grad_(False)
     table.fit(sample.x, sample.totals)
-    own = fit_own(table, sample)
+    own = fit_components(table, sample, 16)
     assert own.genes.tolist() == list(range(60))
     assert abs(np.corrcoef(own.read(sample.x)[:, 0].numpy(), programme)[0, 1]) > 0.95
     assert abs(np.corrcoef(table.read(sample.x)[:, 0].numpy(), programme)[0, 1]) < 0.5
@@ -104,4 +137,4 @@ def test_a_handful_of_genes_has_none():
     sample, _ = tissue(16)
     table = GeneTable(16, 4, likelihood="gaussian").requires_grad_(False)
     table.fit(sample.x, sample.totals)
-    assert fit_own(table, sample) is None
+    assert fit_components(table, sample, 16) is None

@@ -11,21 +11,21 @@ from stfm.models._storm_field import LatentField
 from stfm.nn.gene_table import GeneTable, expected_latent
 
 if TYPE_CHECKING:
-    from stfm.models._storm_fit import Sample
+    from stfm.models._sample import Sample
     from stfm.models._storm_spatial import Windows
     from stfm.nn.batch import Batch
 
-__all__ = ["OwnComponents", "fit_own"]
+__all__ = ["SlideComponents", "fit_components"]
 
-_WIDTH = 16
 #: most variable genes that are read, among those detected in this share of the spots
 _GENES, _DETECTED = 2000, 0.1
 #: size of what pretraining knew in the joint embedding; that of the slides' own components is 1
 _KNOWN = 0.3
+#: of the map from latent expression, as a share of its variance, which is near 1
 _RIDGE = 0.1
 
 
-class OwnComponents(nn.Module):
+class SlideComponents(nn.Module):
     """Components in which neighbours on the slides themselves are alike, as a field over the tissue.
 
     They are found in closed form (:func:`~stfm.nn.principal.shared_components`) and do not train. Spots without counts
@@ -36,7 +36,22 @@ class OwnComponents(nn.Module):
     n_genes
         Number of genes that are read.
     latent
-        Length of the model's latent expression.
+        Length e of the model's latent expression.
+    width
+        Number w of components.
+
+    Attributes
+    ----------
+    genes
+        Places of the genes in the vocabulary, int64 ``(g,)``.
+    mean, scale, embedding, noise
+        As of :class:`~stfm.nn.gene_table.GeneTable`, of these genes.
+    told
+        Map from the latent expression of the model, ``(e, w)``.
+    latent_size
+        What the latent expression is multiplied by in the joint embedding, a scalar.
+    field
+        How far each component reaches.
     """
 
     genes: Tensor
@@ -45,19 +60,18 @@ class OwnComponents(nn.Module):
     embedding: Tensor
     noise: Tensor
     told: Tensor
-    known: Tensor
+    latent_size: Tensor
 
-    def __init__(self, n_genes: int, latent: int) -> None:
+    def __init__(self, n_genes: int, latent: int, width: int) -> None:
         super().__init__()
         self.register_buffer("genes", torch.zeros(n_genes, dtype=torch.int64))
         self.register_buffer("mean", torch.zeros(n_genes))
         self.register_buffer("scale", torch.ones(n_genes))
-        self.register_buffer("embedding", torch.zeros(n_genes, _WIDTH))
+        self.register_buffer("embedding", torch.zeros(n_genes, width))
         self.register_buffer("noise", torch.ones(()))
-        self.register_buffer("told", torch.zeros(latent, _WIDTH))
-        # What the latent expression of pretraining is multiplied by.
-        self.register_buffer("known", torch.ones(()))
-        self.field = LatentField(_WIDTH)
+        self.register_buffer("told", torch.zeros(latent, width))
+        self.register_buffer("latent_size", torch.ones(()))
+        self.field = LatentField(width)
 
     def read(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return the components of spots, ``(n, w)``, from log-normalised expression on the vocabulary ``(n, G)``."""
@@ -83,44 +97,49 @@ class OwnComponents(nn.Module):
             read = self.read(batch.counts.float(), batch.gene_mask)
             shared = self.field(read[windows.rows], windows.xy_um, windows.gene)
             own = torch.where(windows.gene.any(dim=1, keepdim=True), shared, own)
-        return torch.cat([self.embedding.norm(dim=0) * own, self.known * latent], dim=-1)
+        return torch.cat([self.embedding.norm(dim=0) * own, self.latent_size * latent], dim=-1)
 
 
 @torch.no_grad()
-def fit_own(table: GeneTable, sample: Sample) -> OwnComponents | None:
-    """Return the own components of slides; None where they have too few genes for any.
+def fit_components(table: GeneTable, sample: Sample, width: int) -> SlideComponents | None:
+    """Return the components of slides; None where no more genes vary on them than components were asked for.
 
     Parameters
     ----------
     table
-        Gene table of the model.
+        Gene table of the model; it is only looked at.
     sample
         Patches of the slides.
+    width
+        Number of components.
     """
     genes = _variable_genes(sample)
-    if len(genes) <= _WIDTH:
+    if len(genes) <= width:
         return None
-    own = OwnComponents(len(genes), table.width)
-    fitted = GeneTable(len(genes), _WIDTH, likelihood="gaussian")
+    found = SlideComponents(len(genes), table.width, width)
+    with torch.random.fork_rng(devices=[]):  # its first weights, which are drawn, are all replaced
+        fitted = GeneTable(len(genes), width, likelihood="gaussian")
     mask = None if sample.mask is None else sample.mask[:, genes]
     fitted.fit(sample.x[:, genes], sample.totals, mask, groups=sample.slide, graph=sample.graph())
-    own.genes.copy_(genes)
+    found.genes.copy_(genes)
     for name in ("mean", "scale", "embedding", "noise"):
-        getattr(own, name).copy_(getattr(fitted, name))
+        getattr(found, name).copy_(getattr(fitted, name))
     device = table.embedding.device
-    read, latent = own.read(sample.x, sample.mask), table.cpu().read(sample.x, sample.mask)
-    shared = []
-    for values, sizes, field in (
-        (read, own.embedding.norm(dim=0), own.field),
-        (latent, table.embedding.norm(dim=0), LatentField(table.width)),
-    ):
-        field.fit([part.numpy() for part in values.split([len(c) for c in sample.coords])], sample.coords)
-        shared.append((sizes.square() * field.sill).sum())
-    own.known.copy_(_KNOWN * (shared[0] / shared[1].clamp_min(1e-12)).sqrt())
+    table.cpu()
+    latent, read = table.read(sample.x, sample.mask), found.read(sample.x, sample.mask)
+    size = _fitted_size(found.field, read, found.embedding, sample)
+    known = _fitted_size(LatentField(table.width), latent, table.embedding, sample)
+    found.latent_size.copy_(_KNOWN * size / known.clamp_min(1e-6))
     system = latent.T @ latent + _RIDGE * len(latent) * torch.eye(table.width)
-    own.told.copy_(torch.linalg.solve(system, latent.T @ read))
+    found.told.copy_(torch.linalg.solve(system, latent.T @ read))
     table.to(device)
-    return own.to(device)
+    return found.to(device)
+
+
+def _fitted_size(field: LatentField, latent: Tensor, embedding: Tensor, sample: Sample) -> Tensor:
+    """Fit a field to latent components and return the deviation, in expression, of what it tells of them."""
+    field.fit([part.numpy() for part in latent.split([len(places) for places in sample.coords])], sample.coords)
+    return (embedding.square().sum(dim=0) * field.sill).sum().sqrt()
 
 
 def _variable_genes(sample: Sample) -> Tensor:
