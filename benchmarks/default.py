@@ -105,8 +105,9 @@ class Report:
         for name in PARTS:
             if name in self.parts:
                 part = self.parts[name]
-                unfinished = "" if part["complete"] else "\n\nNot finished."
-                text.append(f"## {TITLES[name]}{unfinished}\n\n{SHOW[name](part)}")
+                unfinished = "" if part["complete"] else " Not finished."
+                run = f"Measured {part['run']['date']} at commit {str(part['run']['commit'])[:8]}.{unfinished}"
+                text.append(f"## {TITLES[name]}\n\n{run}\n\n{SHOW[name](part)}")
         write(self.stem, {"model": self.model, "seeds": self.seeds, "parts": self.parts}, "\n\n".join(text))
 
 

@@ -154,6 +154,10 @@ def test_a_panel_of_ensembl_ids_is_written_whole(section, model):
     section.var_names = [ids[str(name)] for name in section.var_names]
     sf.tl.impute(section, known)
     np.testing.assert_array_equal(section.layers["imputed"], by_name)
+    section.var["gene_ids"] = list(section.var_names)
+    section.var_names = [f"probe {i}" for i in range(section.n_vars)]
+    sf.tl.impute(section, known)
+    np.testing.assert_array_equal(section.layers["imputed"], by_name)
 
 
 def test_guards_leave_the_object_untouched(section, model):

@@ -88,7 +88,8 @@ def embed(
     None, or the new object. Written are:
 
     obsm[key_added]
-        The joint embedding, float32 ``(n, d)``.
+        The joint embedding, float32 ``(n, d)``. It is that of one model: embeddings of another, or of the same after it
+        was trained further (which may widen it), are not to be compared with it.
     obsm[key_added + "_image"], ["_gene"], ["_niche"]
         Its parts in the shared space, float32 ``(n, d)``; a part whose modality is absent is not written, and nan in
         libraries that lack what other libraries have.

@@ -11,6 +11,7 @@ from stfm._errors import InputError, StfmWarning
 from stfm._keys import IMPUTED, SPATIAL, deviation_key
 from stfm._validate import check_key
 from stfm.slide.from_spatialdata import is_spatialdata, on_spatialdata
+from stfm.slide.genes import Panel
 from stfm.tl._models import resolve_model
 from stfm.tl._written import describe_written, measured_spots, write_expression
 
@@ -146,14 +147,14 @@ def impute(
 
 def _known_columns(adata: AnnData, model: Model) -> dict[int, str]:
     """Return the columns of genes that the model writes, and how it names them; tell how many it does not."""
-    learned = model.written_genes()
-    vocabulary = model.vocabulary
-    places = [] if vocabulary is None else vocabulary.find(map(str, adata.var_names))
-    known = {
-        column: str(vocabulary.names[place])
-        for column, place in enumerate(places)
-        if vocabulary is not None and place is not None and learned[place]
-    }
+    learned, vocabulary, panel = model.written_genes(), model.vocabulary, Panel.from_var(adata.var)
+    known: dict[int, str] = {}
+    if vocabulary is not None:
+        named = [names for names in (panel.ids, panel.symbols, panel.names) if names is not None]
+        for column, places in enumerate(zip(*(vocabulary.find(map(str, names)) for names in named), strict=True)):
+            place = next((place for place in places if place is not None and learned[place]), None)
+            if place is not None:
+                known[column] = str(vocabulary.names[place])
     if not known:
         msg = f"the model writes none of the {adata.n_vars} genes of adata.var_names; train it on slides with them."
         raise InputError(msg)

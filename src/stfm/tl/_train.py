@@ -120,7 +120,8 @@ def train(
         µm per px of the full-resolution image, where it is not to be found; or a mapping from library to it.
     init
         Saved model, its folder or the name of its weights (``"default"``), whose weights, configuration and genes to
-        start from, instead of ``model`` and ``genes``.
+        start from, instead of ``model`` and ``genes``. A model like the default then adds components of the slides
+        (``slide_components`` of its configuration), by which its joint embedding becomes wider.
     cache_features
         Whether to keep the features of frozen image encoders on disk.
     checkpoint_dir
