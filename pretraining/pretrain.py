@@ -33,7 +33,7 @@ MASK_RECIPE = SPATIAL_RECIPE.replace(balance="slides", max_steps=1500)
 #: few steps on thinned counts, so that spots are not learned by heart
 ALIGN_RECIPE = SPATIAL_RECIPE.replace(count_thinning=0.6, max_steps=300)
 
-#: by which sf.tl.train(adata, init="default") goes on: one epoch a stage of a Visium slide, less than two minutes on two cores
+#: by which sf.tl.train(adata, init="default") goes on: of a Visium slide one epoch a stage, in less than two minutes
 ADAPT_RECIPE = RECIPES["storm-small"].replace(epochs=8, max_steps=50, lr=5e-4)
 
 
