@@ -88,7 +88,9 @@ def main() -> None:
     genes = options.weights / "genes" / "OS_scRNA_gene_index.19264.tsv"
     model = train_model(slides, tower, genes, options.out, seed=options.seed)
     model.seen.further = ADAPT_RECIPE.to_dict()
-    model.seen.adapted_from.clear()  # alignment goes on from what the same recipe made
+    # Alignment goes on from what the same recipe made; components are those of slides that users adapt to.
+    model.seen.adapted_from.clear()
+    model.slide_components = None
     model.save(options.out / MODEL, dtype="fp16")
     record = {"slides": names, "seed": options.seed, "seconds": time.perf_counter() - began}
     (options.out / "record.json").write_text(json.dumps(record, indent=1), encoding="utf-8")

@@ -50,7 +50,7 @@ def test_an_adapted_model_has_them_and_comes_back_bit_equal(sections, model, ada
     assert embedded(sections[0], adapted).shape[1] == WIDTH
 
 
-def test_another_slide_replaces_them_and_one_that_was_seen_does_not(sections, adapted):
+def test_another_slide_replaces_them_and_the_same_finds_them_again(sections, adapted):
     short = {"epochs": 1, "validation": None, "stage": "mask"}
     further = sf.tl.train(sections[2], init=adapted, tune="head", **short)
     before, after = adapted.slide_components, further.slide_components
@@ -94,6 +94,17 @@ def test_half_precision_and_several_slides_with_panels_of_their_own(sections, mo
     assert np.corrcoef(full[:, 0], half[:, 0])[0, 1] > 0.99
     saved = sf.models.load(both.save(tmp_path / "m", dtype="fp16"))
     np.testing.assert_allclose(embedded(parts[0], saved), full, atol=0.02 * np.abs(full).max())
+
+
+def test_a_panel_without_their_genes_and_places_that_are_shared(sections, adapted):
+    read = {str(adapted.vocabulary.names[gene]) for gene in adapted.slide_components.genes.tolist()}
+    others = [name for name in sections[1].var_names if name not in read]
+    if others:
+        assert embedded(sections[1][:, others].copy(), adapted)[:, :16].std(axis=0).min() > 0
+    twice = sections[1].copy()
+    twice.obsm["spatial"][1::2] = twice.obsm["spatial"][: twice.n_obs - 1 : 2][: len(twice.obsm["spatial"][1::2])]
+    found = sf.tl.train(twice, init=adapted, epochs=1, validation=None, stage="mask")
+    assert embedded(twice, found).std(axis=0).max() > 0.1
 
 
 def test_random_numbers_of_the_user_are_left_alone(sections, model):

@@ -29,11 +29,13 @@ def pitches_apart(coords: NDArray[np.float64], n_neighbors: int) -> tuple[NicheT
     Returns
     -------
     The table, the whole number of pitches to each of its entries (int64 ``(n, k)``; 0 where there is none), and the
-    pitch, that is the median distance to the nearest place, in the unit of ``coords``.
+    pitch, that is the median distance to the nearest other place, in the unit of ``coords``.
     """
     table = knn(coords, min(n_neighbors, len(coords) - 1))
-    nearest = table.distance[:, 0]
-    pitch = float(np.median(nearest[np.isfinite(nearest)]))
+    # Not the distance to a place of the same coordinates, as those of two sections on one array.
+    nearest = np.where(table.distance > 0, table.distance, np.inf).min(axis=1)
+    apart = nearest[np.isfinite(nearest)]
+    pitch = float(np.median(apart)) if len(apart) else 0.0
     steps = np.rint(np.where(np.isfinite(table.distance), table.distance, 0.0) / max(pitch, 1e-9)).astype(np.int64)
     steps[table.index < 0] = 0
     return table, steps, pitch

@@ -95,8 +95,11 @@ class SlideComponents(nn.Module):
         own = written @ self.told
         if "gene" in windows.tokens and batch.counts is not None:
             read = self.read(batch.counts.float(), batch.gene_mask)
-            shared = self.field(read[windows.rows], windows.xy_um, windows.gene)
-            own = torch.where(windows.gene.any(dim=1, keepdim=True), shared, own)
+            measured = windows.gene
+            if batch.gene_mask is not None:  # of a panel without any of these genes nothing is read
+                measured = measured & batch.gene_mask[:, self.genes].any(dim=1)[windows.rows]
+            shared = self.field(read[windows.rows], windows.xy_um, measured)
+            own = torch.where(measured.any(dim=1, keepdim=True), shared, own)
         return torch.cat([self.embedding.norm(dim=0) * own, self.latent_size * latent], dim=-1)
 
 

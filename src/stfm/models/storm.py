@@ -407,7 +407,7 @@ class STORM(Model):
         with_counts = self._note(slides)
         if with_counts:
             learn_genes(self.table, with_counts)
-            if self.config.slide_components and not all(self.seen.has(one.slide) for one in with_counts):
+            if self.config.slide_components:
                 sample = Sample.of(with_counts, len(self.table.known), patch=True)
                 found = fit_components(self.table, sample, self.config.slide_components)
                 self.slide_components = self.slide_components if found is None else found

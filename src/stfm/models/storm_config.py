@@ -77,8 +77,8 @@ class STORMConfig:
         Whether the reach of each component (``joint="field"``) is seen on the slide itself, too, so that an embedding
         depends on its slide; off takes that of the training slides.
     slide_components
-        Components (``joint="field"``) that a trained model gets of slides that it goes on with and has not seen, beside
-        its own (:class:`~stfm.models._storm_components.SlideComponents`); 0 gives it none.
+        Components (``joint="field"``) that a trained model gets of the slides that it goes on with, beside its own
+        (:class:`~stfm.models._storm_components.SlideComponents`); 0 gives it none.
     ablation
         ``"full"``; ``"no-neighbours"``: windows of one spot; ``"no-image"``, ``"no-gene"``: one modality;
         ``"no-distance"``: no distance bias; ``"shared-experts"``.
